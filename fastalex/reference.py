@@ -1,0 +1,144 @@
+"""The operations, written from their formulas in plain PyTorch.
+
+Any floating dtype (computed in that dtype; use float64 as the truth), any device, any memory format,
+differentiable by autograd to any order, no Triton.  Tests compare every kernel with this file, and
+`FASTALEX_BACKEND=reference` runs whole models on it.  Shapes are as in `torch.nn.functional`.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+IntOrPair = int | tuple[int, int]
+
+
+def pair(value: int | tuple[int, ...] | list[int]) -> tuple[int, int]:
+    """An int for both spatial dimensions, or (height, width)."""
+    if isinstance(value, int):
+        return value, value
+    height, width = value
+    return height, width
+
+
+def conv2d_relu(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: IntOrPair = 1,
+    padding: IntOrPair = 0,
+    dilation: IntOrPair = 1,
+    groups: int = 1,
+) -> Tensor:
+    """max(0, conv2d(input, weight) + bias): (N, C, H, W) -> (N, K, OH, OW)."""
+    return torch.relu(F.conv2d(input, weight, bias, stride, padding, dilation, groups))
+
+
+def local_response_norm(
+    input: Tensor,
+    size: int,
+    alpha: float = 1e-4,
+    beta: float = 0.75,
+    k: float = 1.0,
+    *,
+    groups: int = 1,
+) -> Tensor:
+    """y_c = x_c / (k + alpha/size * sum of x_j^2 over the window of c) ** beta, j inside the channel group of c.
+
+    The window of channel c is [c - size//2, c + (size-1)//2], cut off at the group's ends (which equals
+    padding with zeros).  This is PyTorch's and Caffe's convention, alpha/size; the 2012 paper prints a sum
+    without the division, which is alpha * size here.
+
+    Source: Krizhevsky et al. 2012, section 3.3; torch.nn.functional.local_response_norm.
+    """
+    channels = input.shape[1]
+    grouped = input.unflatten(1, (groups, channels // groups))
+    below, above = size // 2, (size - 1) // 2
+    # The window runs over the channels, which must be last for F.pad, and padded ends add nothing to a sum.
+    squares = F.pad(grouped.square().movedim(2, -1), (below, above))
+    sums = squares.unfold(-1, size, 1).sum(-1).movedim(-1, 2)
+    return (grouped / (k + alpha / size * sums) ** beta).flatten(1, 2)
+
+
+def max_pool2d(
+    input: Tensor,
+    kernel_size: IntOrPair,
+    stride: IntOrPair | None = None,
+    padding: IntOrPair = 0,
+    dilation: IntOrPair = 1,
+    ceil_mode: bool = False,
+    return_indices: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """The maximum of each window: (N, C, H, W) -> (N, C, OH, OW), or the same without N.
+
+    Padding counts as minus infinity; the first maximum in row-major order wins, the last NaN beats everything;
+    indices are h * W + w of the input plane.  All as in torch.nn.functional.max_pool2d.
+    """
+    if input.dim() == 3:
+        out = max_pool2d(input[None], kernel_size, stride, padding, dilation, ceil_mode, return_indices)
+        return (out[0][0], out[1][0]) if isinstance(out, tuple) else out[0]
+    rows, columns = pair(kernel_size)
+    stride_h, stride_w = pair(kernel_size if stride is None else stride)
+    pad_h, pad_w = pair(padding)
+    dilation_h, dilation_w = pair(dilation)
+    height, width = input.shape[2:]
+    out_h = pooled_size(height, rows, stride_h, pad_h, dilation_h, ceil_mode)
+    out_w = pooled_size(width, columns, stride_w, pad_w, dilation_w, ceil_mode)
+
+    # Windows as rows of a (cells, OH, OW) index: where each cell lies in the padded plane.
+    index_h = stride_h * torch.arange(out_h)[:, None] + dilation_h * torch.arange(rows) - pad_h
+    index_w = stride_w * torch.arange(out_w)[:, None] + dilation_w * torch.arange(columns) - pad_w
+    inside = ((index_h >= 0) & (index_h < height))[:, None, :, None] & ((index_w >= 0) & (index_w < width))[
+        None, :, None, :
+    ]
+    index = index_h.clamp(0, height - 1)[:, None, :, None] * width + index_w.clamp(0, width - 1)[None, :, None, :]
+    inside = inside.flatten(2).to(input.device)
+    index = index.flatten(2).to(input.device)
+
+    cells = input.flatten(2)[:, :, index].masked_fill(~inside, -torch.inf)
+    with torch.no_grad():
+        # first maximum: argmax on a mask; any NaN beats every number, and the last NaN of a window counts
+        nan = cells.isnan()
+        maximum = cells.masked_fill(nan, -torch.inf).amax(-1, keepdim=True)
+        first = ((cells == maximum) & inside).to(torch.uint8).argmax(-1, keepdim=True)
+        last_nan = index.shape[-1] - 1 - nan.flip(-1).to(torch.uint8).argmax(-1, keepdim=True)
+        cell = torch.where(nan.any(-1, keepdim=True), last_nan, first)
+    output = cells.gather(-1, cell).squeeze(-1)
+    if not return_indices:
+        return output
+    return output, index.expand(cells.shape).gather(-1, cell).squeeze(-1)
+
+
+def pooled_size(size: int, kernel: int, stride: int, padding: int, dilation: int, ceil_mode: bool) -> int:
+    """The number of windows along one dimension; with ceil_mode the last one must start inside input or left padding."""
+    reach = size + 2 * padding - dilation * (kernel - 1) - 1
+    if not ceil_mode:
+        return reach // stride + 1
+    windows = -(-reach // stride) + 1
+    return windows - 1 if (windows - 1) * stride >= size + padding else windows
+
+
+def lrn_max_pool2d(
+    input: Tensor,
+    size: int,
+    alpha: float = 1e-4,
+    beta: float = 0.75,
+    k: float = 1.0,
+    kernel_size: IntOrPair = 3,
+    stride: IntOrPair | None = 2,
+    *,
+    groups: int = 1,
+) -> Tensor:
+    """max_pool2d(local_response_norm(input)): (N, C, H, W) -> (N, C, OH, OW)."""
+    normalised = local_response_norm(input, size, alpha, beta, k, groups=groups)
+    output = max_pool2d(normalised, kernel_size, stride)
+    assert isinstance(output, Tensor)
+    return output
+
+
+def linear_relu_dropout(
+    input: Tensor, weight: Tensor, bias: Tensor | None = None, p: float = 0.5, training: bool = True
+) -> Tensor:
+    """dropout(max(0, input @ weight.T + bias), p): (..., C) -> (..., K), kept values scaled by 1 / (1 - p)."""
+    return F.dropout(torch.relu(F.linear(input, weight, bias)), p, training)
