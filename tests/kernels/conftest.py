@@ -1,4 +1,4 @@
-"""Every buffer that a launcher allocates starts as NaN or integer garbage: an element that no kernel writes shows."""
+"""Buffers that a launcher allocates start as NaN or integer garbage: an element that no kernel writes shows."""
 
 import functools
 
@@ -32,7 +32,7 @@ def poisoned(allocate):
 
 @pytest.fixture(autouse=True)
 def poison(monkeypatch):
-    """torch.empty, empty_like, empty_strided, empty_permuted and Tensor.new_empty(_strided) return poisoned memory."""
+    """torch.empty, its _like, _strided and _permuted forms and Tensor.new_empty return poisoned memory."""
     for name in ("empty", "empty_like", "empty_strided", "empty_permuted"):
         monkeypatch.setattr(torch, name, poisoned(getattr(torch, name)))
     for name in ("new_empty", "new_empty_strided"):
