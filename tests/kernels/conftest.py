@@ -1,4 +1,4 @@
-"""Buffers that a launcher allocates start as NaN or integer garbage: an element that no kernel writes shows."""
+"""Memory that a launcher allocates starts as NaN or integer garbage: an element that no kernel writes shows."""
 
 import functools
 
