@@ -111,7 +111,7 @@ def max_pool2d(
 
 
 def pooled_size(size: int, kernel: int, stride: int, padding: int, dilation: int, ceil_mode: bool) -> int:
-    """The number of windows along one dimension; with ceil_mode the last one must start inside input or left padding."""
+    """The number of windows along one dimension; with ceil_mode the last must start inside input or left padding."""
     reach = size + 2 * padding - dilation * (kernel - 1) - 1
     if not ceil_mode:
         return reach // stride + 1

@@ -1,0 +1,9 @@
+"""AlexNet as fast as the hardware allows: fused kernels as PyTorch operators, and the 2012 paper around them."""
+
+from fastalex import backend, functional, nn
+from fastalex.alexnet import AlexNet, alexnet
+from fastalex.backend import HAS_TRITON
+
+__version__ = "0.1.0"
+
+__all__ = ["HAS_TRITON", "AlexNet", "alexnet", "backend", "functional", "nn"]

@@ -1,0 +1,350 @@
+"""AlexNet and its variants, as data.
+
+The five variants differ in wiring, normalisation, padding and initialisation, not in code: a frozen `Variant` says
+what is built, and `AlexNet` builds it.  Narrower networks for smaller images are other instances of `Variant`.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastalex import functional as F
+from fastalex.functional import ResponseNorm
+from fastalex.nn import ConvReLU2d, LinearReLUDropout, LocalResponseNorm, LRNMaxPool2d, MaxPool2d
+
+
+@dataclass(frozen=True)
+class Conv:
+    """One convolutional layer and what follows it, in the order of the fields (but see `Variant.relu`)."""
+
+    channels: int
+    kernel_size: int
+    stride: int = 1
+    padding: int = 0
+    groups: int = 1
+    norm: ResponseNorm | None = None
+    pool: int | None = None  # the window; its stride is `pool_stride`
+    pool_stride: int = 2
+    std: float = 0.01  # of the initial weights
+    bias: float = 0.0  # initial
+
+
+@dataclass(frozen=True)
+class Variant:
+    """What an AlexNet is made of.
+
+    `relu` says where the ReLU stands in layers with normalisation or pooling: "first" (conv, ReLU, then those) or
+    "last" (after pooling).  `pool_first` pools before normalising.  `crop` is the height and width of the images that
+    the network was made for, `pad_end` what is added to their right and bottom.  `init` is "normal" (the paper's:
+    weights from N(0, std), given biases) or "torch" (PyTorch's default for its layers, as torchvision's model).
+    `features_size` is the height and width of the last feature map; other sizes are averaged to it.
+    """
+
+    name: str
+    convs: tuple[Conv, ...]
+    crop: int = 224
+    in_channels: int = 3
+    pad_end: int = 0
+    relu: str = "first"
+    pool_first: bool = False
+    hidden: tuple[int, int] = (4096, 4096)
+    hidden_std: float = 0.01
+    hidden_bias: float = 0.0
+    dropout_first: bool = False  # before the two hidden layers, as torchvision, instead of after them
+    init: str = "normal"
+    features_size: int = 6
+
+
+def _krizhevsky(norm: ResponseNorm, conv1_padding: int, bias: float, std: float = 0.01) -> tuple[Conv, ...]:
+    """The five layers of the 2012 network, split over two GPUs in layers 2, 4 and 5."""
+    return (
+        Conv(96, 11, stride=4, padding=conv1_padding, norm=norm, pool=3),
+        Conv(256, 5, padding=2, groups=2, norm=norm, pool=3, bias=bias),
+        Conv(384, 3, padding=1, std=std),
+        Conv(384, 3, padding=1, groups=2, std=std, bias=bias),
+        Conv(256, 3, padding=1, groups=2, std=std, bias=bias, pool=3),
+    )
+
+
+# The 2012 text: section 3.3 prints a sum with alpha = 1e-4 over n = 5, which is alpha = 5e-4 in torch's mean.
+PAPER = Variant(
+    "paper",
+    _krizhevsky(ResponseNorm(5, 5e-4, 0.75, 2.0), conv1_padding=2, bias=1.0),
+    hidden_bias=1.0,
+)
+# What the authors' program ran (its layers-145.cfg): alpha / n, LRN inside each GPU's half, padding on the right and
+# bottom only (224 -> 55 by rounding up), ReLU after pooling.  That file's additional spatial normalisation after the
+# second LRN is left out.
+CODE2012 = Variant(
+    "code2012",
+    _krizhevsky(ResponseNorm(5, 1e-4, 0.75, 2.0, groups=2), conv1_padding=0, bias=1.0, std=0.03),
+    pad_end=3,
+    relu="last",
+    hidden_bias=1.0,
+)
+# torchvision.models.alexnet, the single column of "One weird trick" (Krizhevsky 2014) without LRN.
+TORCHVISION = Variant(
+    "torchvision",
+    (
+        Conv(64, 11, stride=4, padding=2, pool=3),
+        Conv(192, 5, padding=2, pool=3),
+        Conv(384, 3, padding=1),
+        Conv(256, 3, padding=1),
+        Conv(256, 3, padding=1, pool=3),
+    ),
+    dropout_first=True,
+    init="torch",
+)
+# Caffe's two models (BVLC/caffe, models/): k = 1, alpha / n, 227x227 crops.  Their pooling rounds up, which is the
+# same at 55, 27 and 13.
+BVLC_ALEXNET = Variant(
+    "bvlc_alexnet",
+    _krizhevsky(ResponseNorm(5, 1e-4, 0.75, 1.0), conv1_padding=0, bias=0.1),
+    crop=227,
+    hidden_std=0.005,
+    hidden_bias=0.1,
+)
+CAFFENET = Variant(
+    "caffenet",
+    _krizhevsky(ResponseNorm(5, 1e-4, 0.75, 1.0), conv1_padding=0, bias=1.0),
+    crop=227,
+    pool_first=True,
+    hidden_std=0.005,
+    hidden_bias=1.0,
+)
+VARIANTS: Mapping[str, Variant] = {v.name: v for v in (PAPER, CODE2012, TORCHVISION, BVLC_ALEXNET, CAFFENET)}
+
+
+class Features(nn.Sequential):
+    """The convolutional part.  Runs conv, ReLU, LRN and pooling of a stage as one node of the autograd graph.
+
+    Modules stand where torchvision's stand, with an Identity in the place of each ReLU that is fused into its
+    convolution.  A stage with a hook on one of its modules runs module by module, so that the hook sees its tensors.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        modules = list(self)
+        i = 0
+        while i < len(modules):
+            if _is_fusible(modules[i : i + 3]):
+                conv: Any = modules[i]
+                pool: Any = modules[i + 2]
+                input = F.conv2d_relu_max_pool2d(
+                    input,
+                    conv.weight,
+                    conv.bias,
+                    conv.stride,
+                    conv.padding,
+                    conv.dilation,
+                    conv.groups,
+                    norm=getattr(pool, "norm", None),
+                    kernel_size=pool.kernel_size,
+                    pool_stride=pool.stride,
+                )
+                i += 3
+            else:
+                input = modules[i](input)
+                i += 1
+        return input
+
+
+def _is_fusible(stage: list[nn.Module]) -> bool:
+    if [type(m) for m in stage] not in ([ConvReLU2d, nn.Identity, LRNMaxPool2d], [ConvReLU2d, nn.Identity, MaxPool2d]):
+        return False
+    pool: Any = stage[2]
+    plain = isinstance(pool, LRNMaxPool2d) or (
+        pool.padding == 0 and pool.dilation == 1 and not pool.ceil_mode and not pool.return_indices
+    )
+    hooked = any(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks for m in stage)
+    return plain and not hooked
+
+
+class AlexNet(nn.Module):
+    """AlexNet (Krizhevsky, Sutskever, Hinton 2012): images (N, 3, 224, 224) -> logits (N, num_classes).
+
+    A drop-in for `torchvision.models.AlexNet`: modules `features`, `avgpool`, `classifier` with the same positions and
+    parameter names in every variant; with variant="torchvision" its state_dict loads with strict=True.
+    Weights of convolutions lie in channels_last, so activations are channels_last whatever the input is.
+
+    num_classes: outputs of the last layer.
+    dropout: probability of the two dropout layers.
+    variant: a name out of `VARIANTS`, or a `Variant`.
+    Raises ValueError for an unknown variant.
+    """
+
+    def __init__(self, num_classes: int = 1000, dropout: float = 0.5, *, variant: str | Variant = "paper"):
+        super().__init__()
+        self.variant = find_variant(variant)
+        self.num_classes = num_classes
+        self.features = Features(*_feature_modules(self.variant))
+        size = self.variant.features_size
+        self.avgpool = AveragePoolTo((size, size))
+        self.classifier = nn.Sequential(*_classifier_modules(self.variant, num_classes, dropout))
+        if self.variant.init == "normal":
+            self._initialise()
+        self.features.to(memory_format=torch.channels_last)
+
+    def _initialise(self) -> None:
+        layers: list[Any] = [m for m in self.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
+        values = [(conv.std, conv.bias) for conv in self.variant.convs]
+        values += [(self.variant.hidden_std, self.variant.hidden_bias)] * 2 + [(0.01, 0.0)]
+        for layer, (std, bias) in zip(layers, values, strict=True):
+            nn.init.normal_(layer.weight, 0.0, std)
+            nn.init.constant_(layer.bias, bias)
+
+    def forward(self, input: Tensor) -> Tensor:
+        if input.dim() != 4 or input.shape[1] != self.variant.in_channels:
+            raise ValueError(f"input must be (N, {self.variant.in_channels}, H, W), got shape {tuple(input.shape)}")
+        maps = self.features(input)
+        return self.classifier(torch.flatten(self.avgpool(maps), 1))
+
+
+class AveragePoolTo(nn.AdaptiveAvgPool2d):
+    """nn.AdaptiveAvgPool2d that costs nothing at its own output size, where averaging changes nothing."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return input if input.shape[2:] == self.output_size else super().forward(input)
+
+
+def _feature_modules(variant: Variant) -> list[nn.Module]:
+    modules: list[nn.Module] = [nn.ZeroPad2d((0, variant.pad_end, 0, variant.pad_end))] if variant.pad_end else []
+    channels = variant.in_channels
+    for conv in variant.convs:
+        relu_first = variant.relu == "first" or not (conv.norm or conv.pool)
+        modules.append(
+            (ConvReLU2d if relu_first else nn.Conv2d)(
+                channels, conv.channels, conv.kernel_size, conv.stride, conv.padding, groups=conv.groups
+            )
+        )
+        if relu_first:
+            modules.append(nn.Identity())
+        if conv.norm and conv.pool and not variant.pool_first:
+            modules.append(
+                LRNMaxPool2d(
+                    *conv.norm[:4], conv.pool, conv.pool_stride, groups=conv.norm.groups, after_relu=relu_first
+                )
+            )
+        else:
+            if conv.pool:
+                modules.append(MaxPool2d(conv.pool, conv.pool_stride))
+            if conv.norm:
+                modules.append(LocalResponseNorm(*conv.norm[:4], groups=conv.norm.groups))
+        if not relu_first:
+            modules.append(nn.ReLU())
+        channels = conv.channels
+    return modules
+
+
+def _classifier_modules(variant: Variant, num_classes: int, dropout: float) -> list[nn.Module]:
+    inputs = variant.convs[-1].channels * variant.features_size**2
+    first, second = variant.hidden
+    # positions as torchvision's: dropout, linear, ReLU, dropout, linear, ReLU, linear
+    before, after = (dropout, 0.0) if variant.dropout_first else (0.0, dropout)
+    return [
+        nn.Dropout(before) if before else nn.Identity(),
+        LinearReLUDropout(inputs, first, p=dropout),
+        nn.Identity(),
+        nn.Identity(),
+        LinearReLUDropout(first, second, p=after),
+        nn.Identity(),
+        nn.Linear(second, num_classes),
+    ]
+
+
+def find_variant(variant: str | Variant) -> Variant:
+    """The variant of this name (or the variant itself).  Raises ValueError for an unknown name."""
+    if isinstance(variant, Variant):
+        return variant
+    if variant not in VARIANTS:
+        raise ValueError(f"variant must be one of {', '.join(VARIANTS)}, got {variant!r}")
+    return VARIANTS[variant]
+
+
+TORCHVISION_WEIGHTS = {
+    "IMAGENET1K_V1": "https://download.pytorch.org/models/alexnet-owt-7be5be79.pth",
+}
+
+
+def alexnet(
+    weights: Any = None, *, variant: str | Variant | None = None, progress: bool = True, **kwargs: Any
+) -> AlexNet:
+    """An AlexNet, with weights if asked for, in training mode.
+
+    weights: None (fresh initialisation); a name of torchvision's ("IMAGENET1K_V1", "DEFAULT", or the members of
+        `torchvision.models.AlexNet_Weights`), downloaded once to torch's hub directory; or a path to `.safetensors`,
+        `.pth` or `.pt` (read with weights_only=True; a state_dict, or a dict that holds one as "state_dict").
+    variant: as for `AlexNet`; by default the one that the weights were made for, else "paper".
+    kwargs: num_classes (by default the number in the weights) and dropout, for `AlexNet`.
+
+    Raises FileNotFoundError for a missing path and ValueError for weights that do not fit the variant, naming the one
+    that they do fit.
+    """
+    if weights is None:
+        return AlexNet(variant=variant or "paper", **kwargs)
+    state, made_for = load_weights(weights, progress=progress)
+    fitting = fitting_variants(state)
+    if variant is None:
+        variant = made_for or (fitting[0] if fitting else "paper")
+    wanted = find_variant(variant)
+    if made_for is not None and made_for in VARIANTS and made_for != wanted.name:
+        raise ValueError(f'the weights {weights} are of variant "{made_for}", not "{wanted.name}"')
+    if wanted.name in VARIANTS and wanted.name not in fitting:
+        fits = f'variant "{fitting[0]}"' if fitting else "no variant of AlexNet"
+        raise ValueError(f'the weights {weights} fit {fits}, not "{wanted.name}"')
+    classes = state["classifier.6.weight"].shape[0]
+    if kwargs.setdefault("num_classes", classes) != classes:
+        raise ValueError(f"num_classes is {kwargs['num_classes']}, but the weights {weights} have {classes} classes")
+    model = AlexNet(variant=wanted, **kwargs)
+    model.load_state_dict(state)
+    return model
+
+
+def load_weights(weights: Any, *, progress: bool = True) -> tuple[dict[str, Tensor], str | None]:
+    """The state_dict behind a name or path, and the variant that it says it was made for (None if it does not say)."""
+    name = str(getattr(weights, "name", weights)).removeprefix("AlexNet_Weights.")
+    name = "IMAGENET1K_V1" if name == "DEFAULT" else name
+    if name in TORCHVISION_WEIGHTS:
+        url = TORCHVISION_WEIGHTS[name]
+        state = torch.hub.load_state_dict_from_url(url, progress=progress, check_hash=True, weights_only=True)
+        return dict(state), "torchvision"
+    path = Path(os.fspath(weights))
+    if not path.is_file():
+        known = ", ".join([*TORCHVISION_WEIGHTS, "DEFAULT"])
+        raise FileNotFoundError(f"weights must be one of {known} or an existing file, got {str(weights)!r}")
+    if path.suffix == ".safetensors":
+        return _load_safetensors(path)
+    if path.suffix not in (".pth", ".pt"):
+        raise ValueError(f"weights must be a .safetensors, .pth or .pt file, got {path}")
+    content = torch.load(path, map_location="cpu", weights_only=True)
+    if not isinstance(content, Mapping):
+        raise ValueError(f"{path} holds a {type(content).__name__}, not a state_dict")
+    return dict(content.get("state_dict", content)), content.get("variant")
+
+
+def _load_safetensors(path: Path) -> tuple[dict[str, Tensor], str | None]:
+    try:
+        from safetensors import safe_open
+    except ImportError as error:
+        raise ImportError(f"reading {path} needs the safetensors package: pip install safetensors") from error
+    with safe_open(path, framework="pt") as file:
+        return {key: file.get_tensor(key) for key in file.keys()}, (file.metadata() or {}).get("variant")  # noqa: SIM118
+
+
+def fitting_variants(state: Mapping[str, Tensor]) -> list[str]:
+    """The names of the variants whose parameters have these names and shapes, whatever the number of classes."""
+    found = {key: tuple(value.shape) for key, value in state.items()}
+    classes = found.get("classifier.6.weight", (1000,))[0]
+    with torch.device("meta"):
+        models = {name: AlexNet(classes, variant=replace(v, init="torch")) for name, v in VARIANTS.items()}
+    return [
+        name
+        for name, model in models.items()
+        if {key: tuple(value.shape) for key, value in model.state_dict().items()} == found
+    ]

@@ -1,0 +1,319 @@
+"""The operations as functions, with the signatures of `torch.nn.functional`.
+
+Every function takes float32, float16 and bfloat16 (float64 on the CPU, and anywhere through the reference path), in
+NCHW or channels_last memory, and returns the input's dtype and memory format.  Sliced, expanded and empty tensors are
+legal.  Gradients are deterministic: no atomics, two runs are bit-equal.  Bad arguments raise ValueError, tensors of
+different dtypes or devices RuntimeError, before anything is launched.  `fastalex.backend` chooses the implementation.
+
+Under autocast the convolution and the linear layer run in the autocast dtype, as torch's do; LRN and pooling keep
+the dtype of their input (eager PyTorch would promote LRN to float32).
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastalex import backend, ops, reference
+from fastalex.kernels.window_code import MAX_CELLS
+from fastalex.ops import conv_relu
+from fastalex.reference import IntOrPair, pair, pooled_size
+
+__all__ = [
+    "ResponseNorm",
+    "conv2d_relu",
+    "conv2d_relu_max_pool2d",
+    "linear_relu_dropout",
+    "local_response_norm",
+    "lrn_max_pool2d",
+    "max_pool2d",
+]
+
+
+class ResponseNorm(NamedTuple):
+    """The parameters of `local_response_norm` as one value."""
+
+    size: int
+    alpha: float = 1e-4
+    beta: float = 0.75
+    k: float = 1.0
+    groups: int = 1
+
+
+def conv2d_relu(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: IntOrPair = 1,
+    padding: IntOrPair = 0,
+    dilation: IntOrPair = 1,
+    groups: int = 1,
+) -> Tensor:
+    """relu(conv2d(...)): (N, C, H, W), (K, C/groups, R, S) -> (N, K, OH, OW).
+
+    Keeps input, weight and output for backward, no mask.  Channels_last if the input or the weight is.
+    Raises ValueError for shapes or parameters that do not fit, RuntimeError for mixed dtypes or devices.
+    """
+    input, weight, bias = _autocast(input, weight, bias)
+    _check_conv2d(input, weight, bias, stride, padding, dilation, groups)
+    if backend.takes_reference("conv2d_relu", input):
+        return reference.conv2d_relu(input, weight, bias, stride, padding, dilation, groups)
+    return ops.conv2d_relu(input, weight, bias, pair(stride), pair(padding), pair(dilation), groups)
+
+
+def local_response_norm(
+    input: Tensor, size: int, alpha: float = 1e-4, beta: float = 0.75, k: float = 1.0, *, groups: int = 1
+) -> Tensor:
+    """x / (k + alpha/size * sum of x^2 over `size` neighbouring channels) ** beta: (N, C, ...) -> the same shape.
+
+    Exactly torch.nn.functional.local_response_norm, with sums in float32 whatever the dtype, and `groups` to
+    normalise inside each of that many channel groups.  Keeps only the input for backward.
+    Raises ValueError if size < 1, the input has fewer than 3 dimensions, or groups does not divide its channels.
+    """
+    _check_lrn(input, size, groups)
+    if backend.takes_reference("local_response_norm", input):
+        return reference.local_response_norm(input, size, alpha, beta, k, groups=groups)
+    return ops.local_response_norm(input, size, alpha, beta, k, groups)
+
+
+def max_pool2d(
+    input: Tensor,
+    kernel_size: IntOrPair,
+    stride: IntOrPair | None = None,
+    padding: IntOrPair = 0,
+    dilation: IntOrPair = 1,
+    ceil_mode: bool = False,
+    return_indices: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Exactly torch.nn.functional.max_pool2d: (N, C, H, W) or (C, H, W) -> pooled, NaN and tie rules included.
+
+    Keeps one byte per window for backward instead of torch's int64 index; indices are made only when asked for.
+    Raises ValueError for windows of more than 127 cells and for parameters that torch refuses.
+    """
+    if input.dim() == 3:
+        out = max_pool2d(input[None], kernel_size, stride, padding, dilation, ceil_mode, return_indices)
+        return (out[0][0], out[1][0]) if isinstance(out, tuple) else out[0]
+    window, step, pad, spread = (
+        pair(kernel_size),
+        pair(kernel_size if stride is None else stride),
+        pair(padding),
+        pair(dilation),
+    )
+    _check_pool(input, window, step, pad, spread, ceil_mode)
+    if backend.takes_reference("max_pool2d", input):
+        return reference.max_pool2d(input, window, step, pad, spread, ceil_mode, return_indices)
+    codes_wanted = return_indices or _needs_grad(input)
+    output, codes = ops.max_pool2d(input, window, step, pad, spread, ceil_mode, codes_wanted)
+    if not return_indices:
+        return output
+    return output, ops.max_pool2d_indices(codes, input.shape[2:], window, step, pad, spread)
+
+
+def lrn_max_pool2d(
+    input: Tensor,
+    size: int,
+    alpha: float = 1e-4,
+    beta: float = 0.75,
+    k: float = 1.0,
+    kernel_size: IntOrPair = 3,
+    stride: IntOrPair | None = 2,
+    *,
+    groups: int = 1,
+    after_relu: bool = False,
+) -> Tensor:
+    """max_pool2d(local_response_norm(input)), fused each way: (N, C, H, W) -> (N, C, OH, OW).
+
+    `after_relu` promises that the input is the output of a ReLU.  Then the forward pass compares packed non-negative
+    values, and the gradient is that before the ReLU: zero wherever the maximum of a window is zero.
+    Raises ValueError as `local_response_norm` and `max_pool2d` do.
+    """
+    window, step = pair(kernel_size), pair(kernel_size if stride is None else stride)
+    _check_lrn(input, size, groups)
+    _check_pool(input, window, step, (0, 0), (1, 1), False)
+    if backend.takes_reference("lrn_max_pool2d", input):
+        return reference.lrn_max_pool2d(input, size, alpha, beta, k, window, step, groups=groups)
+    return ops.lrn_max_pool2d(input, size, alpha, beta, k, groups, window, step, after_relu, _needs_grad(input))[0]
+
+
+def conv2d_relu_max_pool2d(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: IntOrPair = 1,
+    padding: IntOrPair = 0,
+    dilation: IntOrPair = 1,
+    groups: int = 1,
+    *,
+    norm: ResponseNorm | None = None,
+    kernel_size: IntOrPair = 3,
+    pool_stride: IntOrPair | None = 2,
+) -> Tensor:
+    """A stage of AlexNet, max_pool2d([local_response_norm](relu(conv2d(input)))), as one node of the autograd graph.
+
+    (N, C, H, W) -> (N, K, OH, OW).  The ReLU mask and the bias gradient come out of the pooling backward instead of
+    a pass of their own.  Raises as `conv2d_relu`, `local_response_norm` and `max_pool2d` do.
+    """
+    input, weight, bias = _autocast(input, weight, bias)
+    _check_conv2d(input, weight, bias, stride, padding, dilation, groups)
+    window, step = pair(kernel_size), pair(kernel_size if pool_stride is None else pool_stride)
+    activation = torch.empty(
+        conv_relu.output_shape(input, weight, pair(stride), pair(padding), pair(dilation)), device="meta"
+    )
+    _check_pool(activation, window, step, (0, 0), (1, 1), False)
+    if norm is not None:
+        _check_lrn(activation, norm.size, norm.groups)
+    if backend.takes_reference("conv2d_relu_max_pool2d", input):
+        output = reference.conv2d_relu(input, weight, bias, stride, padding, dilation, groups)
+        if norm is not None:
+            output = reference.local_response_norm(output, *norm[:4], groups=norm.groups)
+        return reference.max_pool2d(output, window, step)  # type: ignore[return-value]
+    return ops.conv2d_relu_pool(
+        input,
+        weight,
+        bias,
+        pair(stride),
+        pair(padding),
+        pair(dilation),
+        groups,
+        *(norm or ResponseNorm(0)),
+        window,
+        step,
+        _needs_grad(input, weight, bias),
+    )[0]
+
+
+def linear_relu_dropout(
+    input: Tensor, weight: Tensor, bias: Tensor | None = None, p: float = 0.5, training: bool = True
+) -> Tensor:
+    """dropout(relu(linear(input, weight, bias)), p, training): (..., C), (K, C) -> (..., K).
+
+    Backward reads ReLU mask and dropout mask off the saved output.  What is dropped follows torch's random state;
+    the stream differs from `torch.nn.functional.dropout`'s.
+    Raises ValueError unless 0 <= p <= 1 and the shapes fit, RuntimeError for mixed dtypes or devices.
+    """
+    input, weight, bias = _autocast(input, weight, bias)
+    if not 0 <= p <= 1:
+        raise ValueError(f"p, the dropout probability, must lie in [0, 1], got {p}")
+    if input.dim() == 0 or weight.dim() != 2 or input.shape[-1] != weight.shape[1]:
+        raise ValueError(
+            f"input must be (..., in_features) and weight (out_features, in_features), "
+            f"got {_shape(input)} and {_shape(weight)}"
+        )
+    _check_same("linear_relu_dropout", input, weight, bias)
+    if not training:
+        p = 0.0
+    if p == 1 or backend.takes_reference("linear_relu_dropout", input):  # nothing is left to fuse where all is dropped
+        return reference.linear_relu_dropout(input, weight, bias, p, training)
+    seed = torch.randint(2**62, (1,), device=input.device) if p > 0 else None
+    return ops.linear_relu_dropout(input, weight, bias, p, seed)
+
+
+def _needs_grad(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def _autocast(input: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The arguments in the autocast dtype, where autocast is on for their device."""
+    device = input.device.type
+    if input.dtype == torch.float64 or device == "meta" or not torch.is_autocast_enabled(device):
+        return input, weight, bias
+    dtype = torch.get_autocast_dtype(device)
+    return input.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+
+
+def _shape(tensor: Tensor) -> tuple[int, ...]:
+    return tuple(tensor.shape)
+
+
+def _check_same(operation: str, input: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    if not input.is_floating_point():
+        raise RuntimeError(f"{operation}: input must be a floating-point tensor, got {input.dtype}")
+    for name, other in (("weight", weight), ("bias", bias)):
+        if other is None:
+            continue
+        if other.dtype != input.dtype:
+            raise RuntimeError(f"{operation}: {name} is {other.dtype} but input is {input.dtype}")
+        if other.device != input.device:
+            raise RuntimeError(f"{operation}: {name} is on {other.device} but input is on {input.device}")
+    if bias is not None and _shape(bias) != (weight.shape[0],):
+        raise ValueError(f"bias must have shape ({weight.shape[0]},), as weight's first dimension, got {_shape(bias)}")
+
+
+def _check_conv2d(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: IntOrPair,
+    padding: IntOrPair,
+    dilation: IntOrPair,
+    groups: int,
+) -> None:
+    if input.dim() != 4:
+        raise ValueError(f"input must be (N, C, H, W), got shape {_shape(input)}")
+    if weight.dim() != 4:
+        raise ValueError(f"weight must be (K, C / groups, R, S), got shape {_shape(weight)}")
+    if groups < 1 or weight.shape[0] % groups:
+        raise ValueError(f"groups must be positive and divide the {weight.shape[0]} output channels, got {groups}")
+    if input.shape[1] != weight.shape[1] * groups:
+        raise ValueError(
+            f"input has {input.shape[1]} channels, weight of shape {_shape(weight)} with groups={groups} "
+            f"takes {weight.shape[1] * groups}"
+        )
+    for name, value, least in (("stride", stride, 1), ("padding", padding, 0), ("dilation", dilation, 1)):
+        if min(pair(value)) < least:
+            raise ValueError(f"{name} must be at least {least}, got {value}")
+    for axis, name in ((0, "height"), (1, "width")):
+        padded = input.shape[2 + axis] + 2 * pair(padding)[axis]
+        if padded < pair(dilation)[axis] * (weight.shape[2 + axis] - 1) + 1:
+            raise ValueError(
+                f"the weight of shape {_shape(weight)} is larger than the padded input {name} {padded} "
+                f"(input {_shape(input)}, padding {padding}, dilation {dilation})"
+            )
+    _check_same("conv2d_relu", input, weight, bias)
+
+
+def _check_lrn(input: Tensor, size: int, groups: int) -> None:
+    if input.dim() < 3:
+        raise ValueError(f"input must have at least 3 dimensions (N, C, ...), got shape {_shape(input)}")
+    if not input.is_floating_point():
+        raise RuntimeError(f"input must be a floating-point tensor, got {input.dtype}")
+    if size < 1:
+        raise ValueError(f"size, the number of channels in a window, must be at least 1, got {size}")
+    if groups < 1 or input.shape[1] % groups:
+        raise ValueError(f"groups must be positive and divide the {input.shape[1]} channels, got {groups}")
+
+
+def _check_pool(
+    input: Tensor,
+    window: tuple[int, int],
+    stride: tuple[int, int],
+    padding: tuple[int, int],
+    dilation: tuple[int, int],
+    ceil_mode: bool,
+) -> None:
+    if input.dim() != 4:
+        raise ValueError(f"input must be (N, C, H, W) or (C, H, W), got shape {_shape(input)}")
+    if not input.is_floating_point():
+        raise RuntimeError(f"input must be a floating-point tensor, got {input.dtype}")
+    for name, value, least in (
+        ("kernel_size", window, 1),
+        ("stride", stride, 1),
+        ("padding", padding, 0),
+        ("dilation", dilation, 1),
+    ):
+        if min(value) < least:
+            raise ValueError(f"{name} must be at least {least}, got {value}")
+    if window[0] * window[1] > MAX_CELLS:
+        raise ValueError(
+            f"kernel_size {window} has {window[0] * window[1]} cells; windows of at most {MAX_CELLS} are supported"
+        )
+    for axis, name in ((0, "height"), (1, "width")):
+        if 2 * padding[axis] > window[axis]:
+            raise ValueError(f"padding must be at most half of kernel_size, got {padding} for {window}")
+        if pooled_size(input.shape[2 + axis], window[axis], stride[axis], padding[axis], dilation[axis], ceil_mode) < 1:
+            raise ValueError(
+                f"the window kernel_size {window} with padding {padding} and dilation {dilation} does not fit into "
+                f"the input's {name} {input.shape[2 + axis]}"
+            )

@@ -1,0 +1,131 @@
+"""The operations as modules: arguments, parameter names, initialisation and `extra_repr` of the torch.nn modules.
+
+A state_dict of the module that each one stands for loads unchanged.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from fastalex import functional as F
+from fastalex.reference import IntOrPair
+
+
+class ConvReLU2d(nn.Conv2d):
+    """nn.Conv2d followed by nn.ReLU: (N, C, H, W) -> (N, K, OH, OW).  padding_mode must be "zeros"."""
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: IntOrPair,
+        stride: IntOrPair = 1,
+        padding: IntOrPair | str = 0,
+        dilation: IntOrPair = 1,
+        groups: int = 1,
+        bias: bool = True,
+        padding_mode: str = "zeros",
+        device=None,
+        dtype=None,
+    ):
+        if padding_mode != "zeros":
+            raise ValueError(f'padding_mode must be "zeros", got {padding_mode!r}')
+        super().__init__(
+            in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, device=device, dtype=dtype
+        )
+        if isinstance(self.padding, str):
+            spread = [d * (k - 1) for d, k in zip(self.dilation, self.kernel_size, strict=True)]
+            if self.padding == "same" and any(s % 2 for s in spread):
+                raise ValueError(f'padding="same" needs odd kernels, got kernel_size {self.kernel_size}')
+            same = tuple(s // 2 for s in spread)
+            self.padding = (0, 0) if self.padding == "valid" else same  # type: ignore[assignment]
+
+    def forward(self, input: Tensor) -> Tensor:
+        geometry: Any = (self.stride, self.padding, self.dilation, self.groups)
+        return F.conv2d_relu(input, self.weight, self.bias, *geometry)
+
+
+class LocalResponseNorm(nn.LocalResponseNorm):
+    """nn.LocalResponseNorm, with `groups` to normalise inside each channel group: (N, C, ...) -> the same shape."""
+
+    def __init__(self, size: int, alpha: float = 1e-4, beta: float = 0.75, k: float = 1.0, *, groups: int = 1):
+        super().__init__(size, alpha, beta, k)
+        self.groups = groups
+
+    def forward(self, input: Tensor) -> Tensor:
+        return F.local_response_norm(input, self.size, self.alpha, self.beta, self.k, groups=self.groups)
+
+    def extra_repr(self) -> str:
+        return super().extra_repr() + (f", groups={self.groups}" if self.groups != 1 else "")
+
+
+class MaxPool2d(nn.MaxPool2d):
+    """nn.MaxPool2d: (N, C, H, W) -> (N, C, OH, OW)."""
+
+    def forward(self, input: Tensor):
+        return F.max_pool2d(
+            input,
+            self.kernel_size,
+            self.stride,
+            self.padding,
+            self.dilation,
+            self.ceil_mode,
+            self.return_indices,
+        )
+
+
+class LRNMaxPool2d(nn.Module):
+    """nn.LocalResponseNorm followed by nn.MaxPool2d, fused: (N, C, H, W) -> (N, C, OH, OW).
+
+    `after_relu` promises that the input is the output of a ReLU; see `fastalex.functional.lrn_max_pool2d`.
+    """
+
+    def __init__(
+        self,
+        size: int,
+        alpha: float = 1e-4,
+        beta: float = 0.75,
+        k: float = 1.0,
+        kernel_size: IntOrPair = 3,
+        stride: IntOrPair | None = 2,
+        *,
+        groups: int = 1,
+        after_relu: bool = False,
+    ):
+        super().__init__()
+        self.norm = F.ResponseNorm(size, alpha, beta, k, groups)
+        self.kernel_size = kernel_size
+        self.stride = kernel_size if stride is None else stride
+        self.after_relu = after_relu
+
+    def forward(self, input: Tensor) -> Tensor:
+        size, alpha, beta, k, groups = self.norm
+        return F.lrn_max_pool2d(
+            input, size, alpha, beta, k, self.kernel_size, self.stride, groups=groups, after_relu=self.after_relu
+        )
+
+    def extra_repr(self) -> str:
+        size, alpha, beta, k, groups = self.norm
+        text = f"{size}, alpha={alpha}, beta={beta}, k={k}, kernel_size={self.kernel_size}, stride={self.stride}"
+        text += f", groups={groups}" if groups != 1 else ""
+        return text + (", after_relu=True" if self.after_relu else "")
+
+
+class LinearReLUDropout(nn.Linear):
+    """nn.Linear followed by nn.ReLU and nn.Dropout(p): (..., in_features) -> (..., out_features)."""
+
+    def __init__(
+        self, in_features: int, out_features: int, bias: bool = True, device=None, dtype=None, *, p: float = 0.5
+    ):
+        super().__init__(in_features, out_features, bias, device, dtype)
+        if not 0 <= p <= 1:
+            raise ValueError(f"p, the dropout probability, must lie in [0, 1], got {p}")
+        self.p = p
+
+    def forward(self, input: Tensor) -> Tensor:
+        return F.linear_relu_dropout(input, self.weight, self.bias, self.p, self.training)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, p={self.p}"

@@ -1,0 +1,18 @@
+"""The operators: schema, fake, autograd, and the choice between the Triton kernel and the CPU kernel."""
+
+from fastalex.ops.conv_relu import conv2d_relu
+from fastalex.ops.conv_relu_pool import conv2d_relu_pool
+from fastalex.ops.linear import linear_relu_dropout
+from fastalex.ops.lrn import local_response_norm
+from fastalex.ops.lrn_max_pool import lrn_max_pool2d
+from fastalex.ops.max_pool import max_pool2d, max_pool2d_indices
+
+__all__ = [
+    "conv2d_relu",
+    "conv2d_relu_pool",
+    "linear_relu_dropout",
+    "local_response_norm",
+    "lrn_max_pool2d",
+    "max_pool2d",
+    "max_pool2d_indices",
+]

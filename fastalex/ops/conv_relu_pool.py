@@ -1,0 +1,188 @@
+"""Operator `fastalex::conv2d_relu_pool`: a whole stage, conv -> ReLU -> (LRN ->) max-pool, as one autograd node.
+
+One node lets the pooling backward write the gradient before the ReLU directly: the window codes of dead windows
+carry the mask, and the same pass sums the bias gradient.  Neither is computed again below.
+Saved: input, weight, the int8 codes, and the activation where LRN needs it (without LRN the codes are enough).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastalex import backend
+from fastalex.ops import conv_relu, lrn_max_pool
+from fastalex.ops.common import dense, device_of, empty, implementation, refuse_double_backward
+
+NAME = "conv2d_relu_pool"
+
+
+@torch.library.custom_op("fastalex::conv2d_relu_pool", mutates_args=(), device_types=("cpu", "cuda"))
+def conv2d_relu_pool(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+    lrn_size: int,
+    alpha: float,
+    beta: float,
+    k: float,
+    lrn_groups: int,
+    kernel_size: list[int],
+    pool_stride: list[int],
+    codes: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """-> pooled, the activation (empty without LRN, lrn_size = 0) and the window codes (empty unless asked for)."""
+    with device_of(input):
+        activation = conv_relu.forward(dense(input), dense(weight), bias, stride, padding, dilation, groups)
+        if lrn_size:
+            output, found = lrn_max_pool.forward(
+                activation, lrn_size, alpha, beta, k, lrn_groups, kernel_size, pool_stride, True, codes
+            )
+        else:
+            output, found = implementation("max_pool", NAME, input).max_pool_fwd(
+                activation,
+                tuple(kernel_size),
+                tuple(pool_stride),
+                (0, 0),
+                (1, 1),
+                False,
+                codes=codes,
+                after_relu=True,
+            )
+            activation = input.new_empty(0)
+    return output, activation, input.new_empty(0, dtype=torch.int8) if found is None else found
+
+
+@conv2d_relu_pool.register_fake
+def _(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+    lrn_size: int,
+    alpha: float,
+    beta: float,
+    k: float,
+    lrn_groups: int,
+    kernel_size: list[int],
+    pool_stride: list[int],
+    codes: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    activation = torch.empty(
+        conv_relu.output_shape(input, weight, stride, padding, dilation),
+        dtype=input.dtype,
+        device=input.device,
+        memory_format=conv_relu.output_format(input, weight),
+    )
+    shape = lrn_max_pool.pooled_shape(activation, kernel_size, pool_stride)
+    found = empty(activation, shape, torch.int8) if codes else input.new_empty(0, dtype=torch.int8)
+    return empty(activation, shape), activation if lrn_size else input.new_empty(0), found
+
+
+@torch.library.custom_op("fastalex::conv2d_relu_pool_backward", mutates_args=(), device_types=("cpu", "cuda"))
+def conv2d_relu_pool_backward(
+    grad: Tensor,
+    codes: Tensor,
+    activation: Tensor,
+    input: Tensor,
+    weight: Tensor,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+    lrn_size: int,
+    alpha: float,
+    beta: float,
+    k: float,
+    lrn_groups: int,
+    kernel_size: list[int],
+    pool_stride: list[int],
+    needs: list[bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of (input, weight, bias), empty where `needs` says no."""
+    with device_of(input):
+        # On a CPU the convolution's own backward sums the bias gradient.
+        bias = needs[2] and backend.takes_triton(NAME, input)
+        bias_grad = None
+        if lrn_size:
+            before_relu, bias_grad = lrn_max_pool.backward(
+                grad,
+                codes,
+                activation,
+                lrn_size,
+                alpha,
+                beta,
+                k,
+                lrn_groups,
+                kernel_size,
+                pool_stride,
+                bias,
+            )
+        else:
+            before_relu = implementation("max_pool", NAME, input).max_pool_bwd(
+                grad,
+                codes,
+                tuple(conv_relu.output_shape(input, weight, stride, padding, dilation)[2:]),
+                tuple(kernel_size),
+                tuple(pool_stride),
+                (0, 0),
+                (1, 1),
+                bias_partials=bias,
+            )
+            if bias:
+                before_relu, partials = before_relu
+                bias_grad = implementation("relu_bias_grad", NAME, input).sum_partials(partials)
+        return conv_relu.gradients(
+            before_relu, bias_grad, dense(input), dense(weight), stride, padding, dilation, groups, needs
+        )
+
+
+@conv2d_relu_pool_backward.register_fake
+def _(
+    grad: Tensor,
+    codes: Tensor,
+    activation: Tensor,
+    input: Tensor,
+    weight: Tensor,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+    lrn_size: int,
+    alpha: float,
+    beta: float,
+    k: float,
+    lrn_groups: int,
+    kernel_size: list[int],
+    pool_stride: list[int],
+    needs: list[bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    return conv_relu.fake_gradients(input, weight, needs)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    input, weight, bias, *parameters = inputs
+    _, activation, codes = output
+    ctx.parameters = parameters[:-1]
+    ctx.has_bias = bias is not None
+    ctx.save_for_backward(codes, activation, input, weight)
+    ctx.mark_non_differentiable(activation, codes)
+
+
+def _backward(ctx: Any, grad: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+    needs = [ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.has_bias and ctx.needs_input_grad[2]]
+    grads = conv2d_relu_pool_backward(grad, *ctx.saved_tensors, *ctx.parameters, needs)
+    return (*(g if need else None for g, need in zip(grads, needs, strict=True)), *[None] * 12)
+
+
+conv2d_relu_pool.register_autograd(_backward, setup_context=_setup_context)
+refuse_double_backward(conv2d_relu_pool_backward, NAME)

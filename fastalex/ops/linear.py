@@ -1,0 +1,88 @@
+"""Operator `fastalex::linear_relu_dropout`.  No stored mask: the sign of the saved output carries ReLU and dropout."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastalex import backend
+from fastalex.ops.common import device_of, implementation, refuse_double_backward
+
+NAME = "linear_relu_dropout"
+
+
+@torch.library.custom_op("fastalex::linear_relu_dropout", mutates_args=(), device_types=("cpu", "cuda"))
+def linear_relu_dropout(input: Tensor, weight: Tensor, bias: Tensor | None, p: float, seed: Tensor | None) -> Tensor:
+    """(..., C) -> (..., K).  `seed`, an int64 tensor of one element on the input's device, chooses what p > 0 drops."""
+    with device_of(input):
+        rows = input.reshape(-1, input.shape[-1])
+        if backend.takes_triton(NAME, input):
+            output = implementation("bias_relu", NAME, input).bias_relu_(F.linear(rows, weight), bias, p=p, seed=seed)
+        else:
+            output = implementation("linear", NAME, input).linear_relu_fwd(rows, weight, bias)
+            if p > 0:
+                generator = torch.Generator().manual_seed(int(seed))  # type: ignore[arg-type]
+                output.mul_(torch.empty_like(output).bernoulli_(1 - p, generator=generator).div_(1 - p))
+        return output.view(*input.shape[:-1], weight.shape[0])
+
+
+@linear_relu_dropout.register_fake
+def _(input: Tensor, weight: Tensor, bias: Tensor | None, p: float, seed: Tensor | None) -> Tensor:
+    return input.new_empty((*input.shape[:-1], weight.shape[0]))
+
+
+@torch.library.custom_op("fastalex::linear_relu_dropout_backward", mutates_args=(), device_types=("cpu", "cuda"))
+def linear_relu_dropout_backward(
+    grad: Tensor, input: Tensor, weight: Tensor, output: Tensor, p: float, needs: list[bool]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of (input, weight, bias), empty where `needs` says no."""
+    with device_of(input):
+        scale = 1 / (1 - p)
+        grad_rows = grad.reshape(-1, grad.shape[-1])
+        output_rows = output.reshape(-1, output.shape[-1])
+        bias_grad = None
+        if backend.takes_triton(NAME, input):
+            kernels = implementation("relu_bias_grad", NAME, input)
+            before_relu, bias_grad = kernels.relu_bias_grad(grad_rows, output_rows, bias=needs[2], scale=scale)
+        else:
+            before_relu = torch.ops.aten.threshold_backward(grad_rows, output_rows, 0)
+            if p > 0:
+                before_relu.mul_(scale)
+            if needs[2]:
+                bias_grad = before_relu.sum(0)
+        none = input.new_empty(0)
+        return (
+            (before_relu @ weight).view(input.shape) if needs[0] else none,
+            before_relu.t() @ input.reshape(-1, input.shape[-1]) if needs[1] else none.clone(),
+            none.clone() if bias_grad is None else bias_grad.to(weight.dtype),
+        )
+
+
+@linear_relu_dropout_backward.register_fake
+def _(
+    grad: Tensor, input: Tensor, weight: Tensor, output: Tensor, p: float, needs: list[bool]
+) -> tuple[Tensor, Tensor, Tensor]:
+    return (
+        input.new_empty(input.shape) if needs[0] else input.new_empty(0),
+        weight.new_empty(weight.shape) if needs[1] else input.new_empty(0),
+        weight.new_empty(weight.shape[0]) if needs[2] else input.new_empty(0),
+    )
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    input, weight, bias, ctx.p, _ = inputs
+    ctx.has_bias = bias is not None
+    ctx.save_for_backward(input, weight, output)
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    needs = [ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.has_bias and ctx.needs_input_grad[2]]
+    grads = linear_relu_dropout_backward(grad, *ctx.saved_tensors, ctx.p, needs)
+    return (*(g if need else None for g, need in zip(grads, needs, strict=True)), None, None)
+
+
+linear_relu_dropout.register_autograd(_backward, setup_context=_setup_context)
+refuse_double_backward(linear_relu_dropout_backward, NAME)
