@@ -1,0 +1,114 @@
+"""Sets of labelled pictures, in memory or in folders, that the training loop reads in the same way.
+
+A set hands out whole batches of 8-bit pictures somewhat larger than the model's input; `Preprocessing` cuts the
+input out of them, at random places for training and from the centre for evaluation.  That is the 2012 paper's
+augmentation (pictures of 256x256, crops of 224x224, mirror images), done on batches and on the model's device.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastalex.data import fashion_mnist
+from fastalex.data.preprocessing import Preprocessing
+
+
+class ImageSet(Protocol):
+    classes: tuple[str, ...]
+    preprocessing: Preprocessing
+
+    def count(self, split: str) -> int:
+        """The number of pictures in the split "train" or "test"."""
+        ...
+
+    def batches(self, split: str, order: Tensor, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """The pictures with the indices `order`: uint8 (N, C, H, W) and int64 labels (N,), the last batch shorter."""
+        ...
+
+
+class FashionMNIST:
+    """The sample of Fashion-MNIST that ships with fastalex, enlarged from 28x28 to what `preprocessing` says.
+
+    Three channels repeat the grey one.  A black margin of 1/16 of the crop leaves room for random crops; evaluation
+    cuts it off again.
+    """
+
+    classes = fashion_mnist.CLASSES
+
+    def __init__(self, preprocessing: Preprocessing) -> None:
+        self.preprocessing = preprocessing
+        self._pictures = {split: fashion_mnist.load(split) for split in fashion_mnist.PER_CLASS}
+
+    @staticmethod
+    def preprocessing_for(channels: int, size: int) -> Preprocessing:
+        """The whole picture at `size` x `size`, with the mean and deviation of the training pictures."""
+        return Preprocessing(channels, size, size, (0.286,) * channels, (0.353,) * channels)
+
+    def count(self, split: str) -> int:
+        return len(self._pictures[split].labels)
+
+    def batches(self, split: str, order: Tensor, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
+        images, labels = (torch.from_numpy(array) for array in self._pictures[split])
+        size, margin = self.preprocessing.resize, self.preprocessing.crop // 16
+        for indices in order.split(batch_size):
+            enlarged = F.interpolate(images[indices, None].float(), size=(size, size), mode="bilinear")
+            batch = F.pad(enlarged.round().to(torch.uint8), (margin,) * 4)
+            yield batch.expand(-1, self.preprocessing.channels, -1, -1), labels[indices]
+
+
+class Folders:
+    """Pictures in `root/train/<class>/` and `root/val/<class>/` (or `test`), read by torchvision in worker processes.
+
+    The short side is resized as `preprocessing` says and the middle square is cut out, as in the 2012 paper.
+    Raises FileNotFoundError, naming the folder, where there is none or it holds no pictures, ValueError where the
+    two folders hold different classes.
+    """
+
+    def __init__(
+        self,
+        root: Path,
+        preprocessing: Preprocessing,
+        *,
+        splits: tuple[str, ...] = ("train", "test"),
+        workers: int | None = None,
+    ) -> None:
+        from torchvision import datasets
+        from torchvision.transforms import v2
+
+        self.preprocessing = preprocessing
+        transform = v2.Compose(
+            [
+                v2.Resize(preprocessing.resize),
+                v2.CenterCrop(preprocessing.resize),
+                v2.PILToTensor(),
+                *([v2.Grayscale()] if preprocessing.channels == 1 else []),
+            ]
+        )
+        folders = {"train": root / "train", "test": root / "test" if (root / "test").is_dir() else root / "val"}
+        for split in splits:
+            if not folders[split].is_dir():
+                raise FileNotFoundError(f"no folder {folders[split]}: pictures belong in {folders[split]}/CLASS/")
+        self._splits = {split: datasets.ImageFolder(str(folders[split]), transform) for split in splits}
+        self.classes, *others = (tuple(pictures.classes) for pictures in self._splits.values())
+        if any(classes != self.classes for classes in others):
+            raise ValueError(f"{folders['train']} and {folders['test']} must hold folders for the same classes")
+        self._workers = min(8, os.cpu_count() or 1) if workers is None else workers
+
+    def count(self, split: str) -> int:
+        return len(self._splits[split])
+
+    def batches(self, split: str, order: Tensor, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
+        loader: torch.utils.data.DataLoader[tuple[Tensor, Tensor]] = torch.utils.data.DataLoader(
+            self._splits[split],
+            batch_sampler=[indices.tolist() for indices in order.split(batch_size)],
+            num_workers=self._workers,
+            pin_memory=torch.cuda.is_available(),
+        )
+        yield from loader

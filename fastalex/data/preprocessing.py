@@ -1,0 +1,66 @@
+"""From 8-bit pictures to what the model takes, whole batches at a time, on whatever device they are."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """What a model expects of a picture.  Travels with its checkpoint.
+
+    `channels` 1 (grey) or 3 (RGB); the short side is resized to `resize`, then a square of `crop` pixels is cut out;
+    `mean` and `std` per channel, for values in [0, 1].
+    """
+
+    channels: int
+    resize: int
+    crop: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    @classmethod
+    def for_photos(cls, channels: int, crop: int) -> Preprocessing:
+        """The usual one for photographs: short side 8/7 of the crop (256 for 224), ImageNet's mean and deviation."""
+        if channels == 1:
+            return cls(1, crop * 8 // 7, crop, (0.449,), (0.226,))
+        return cls(channels, crop * 8 // 7, crop, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+
+    def normalise(self, images: Tensor) -> Tensor:
+        """uint8 (N, C, H, W) in [0, 255] -> float32, (x / 255 - mean) / std."""
+        mean = torch.tensor(self.mean, device=images.device).view(-1, 1, 1)
+        std = torch.tensor(self.std, device=images.device).view(-1, 1, 1)
+        return (images.float() / 255 - mean) / std
+
+    def for_training(self, images: Tensor) -> Tensor:
+        """Random crops, half of them mirrored, normalised: uint8 (N, C, H, W) -> float32 (N, C, crop, crop)."""
+        return self.normalise(random_flip(random_crop(images, self.crop)))
+
+    def for_evaluation(self, images: Tensor) -> Tensor:
+        """The centre of each picture, normalised: uint8 (N, C, H, W) -> float32 (N, C, crop, crop)."""
+        return self.normalise(centre_crop(images, self.crop))
+
+
+def random_crop(images: Tensor, size: int) -> Tensor:
+    """A square of `size` pixels from each picture, each at a place of its own: (N, C, H, W) -> (N, C, size, size)."""
+    count, _, height, width = images.shape
+    top = torch.randint(height - size + 1, (count,)).to(images.device)
+    left = torch.randint(width - size + 1, (count,)).to(images.device)
+    # unfold is a view of every possible crop, so that only the chosen ones are copied
+    crops = images.unfold(2, size, 1).unfold(3, size, 1)
+    return crops[torch.arange(count, device=images.device), :, top, left]
+
+
+def random_flip(images: Tensor) -> Tensor:
+    """Each picture of (N, C, H, W) mirrored left to right with probability 1/2."""
+    mirrored = torch.rand(len(images), 1, 1, 1) < 0.5
+    return torch.where(mirrored.to(images.device), images.flip(-1), images)
+
+
+def centre_crop(images: Tensor, size: int) -> Tensor:
+    """The square of `size` pixels in the middle: (N, C, H, W) -> (N, C, size, size)."""
+    top, left = (images.shape[-2] - size) // 2, (images.shape[-1] - size) // 2
+    return images[..., top : top + size, left : left + size]
