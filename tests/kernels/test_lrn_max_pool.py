@@ -1,0 +1,535 @@
+"""The fused LRN + max-pool against the float64 formulas, and bit for bit against the two operators apart."""
+
+import importlib.util
+import mmap
+import sys
+
+import numpy as np
+import pytest
+import torch
+import triton
+import triton.language as tl
+from tolerances import UNIT_ROUNDOFF, assert_matches
+
+from fastalex import reference
+from fastalex.kernels import lrn_max_pool as fused
+from fastalex.kernels import window_code
+from fastalex.kernels.lrn import lrn_fwd
+from fastalex.kernels.lrn_max_pool import BackwardConfig, ForwardConfig
+from fastalex.kernels.registers import interpreting
+
+FP16, BF16, FP32 = torch.float16, torch.bfloat16, torch.float32
+CODES = torch.tensor([[window_code.code(r, s, 3, 3) for s in range(3)] for r in range(3)], dtype=torch.int8)
+DEAD = window_code.dead(3, 3)
+# alpha far above AlexNet's 1e-4, so that a wrong window changes more than the last bit
+ALPHA, BETA, K = 0.3, 0.75, 2.0
+# The interpreter is fastest with few large programs; compiled kernels run as they ship.
+WARPS = 32 if interpreting() else 4
+interpreter_only = pytest.mark.skipif(not interpreting(), reason="needs Triton's interpreter")
+
+# size, channels, groups, height, width, output columns and rows per item (forward), row pairs (backward)
+CASES = {
+    "size1": (1, 8, 1, 3, 3, 1, 1, 1),
+    "size2-groups": (2, 32, 2, 8, 5, 1, 2, 2),
+    "size3": (3, 24, 1, 4, 6, 2, 1, 1),
+    "size4-groups": (4, 48, 2, 5, 12, 2, 2, 3),
+    "size5": (5, 96, 1, 7, 9, 3, 2, 1),
+    "size5-groups": (5, 256, 2, 3, 4, 1, 1, 1),
+    "size6": (6, 16, 1, 6, 7, 2, 9, 3),
+    "size7": (7, 24, 3, 5, 5, 1, 1, 1),
+    "size8": (8, 32, 2, 7, 3, 9, 2, 2),
+    "size9": (9, 40, 1, 5, 6, 1, 2, 1),
+}
+cases = pytest.mark.parametrize("case", list(CASES))
+# every dtype meets both layouts and both signs; the fast tier takes a diagonal of the rest
+kinds = pytest.mark.parametrize(
+    ("dtype", "channels_last", "after_relu"),
+    [(FP16, True, True), (FP16, False, False), (BF16, False, True), (BF16, True, False), (FP32, True, False)]
+    + [
+        pytest.param(*kind, marks=pytest.mark.slow)
+        for kind in [
+            (FP16, True, False), (FP16, False, True), (BF16, True, True), (BF16, False, False),
+            (FP32, True, True), (FP32, False, True), (FP32, False, False),
+        ]
+    ],
+)  # fmt: skip
+
+
+def activations(shape, dtype, channels_last, after_relu, scale=3.0):
+    x = (torch.randn(shape) * scale).to(dtype)
+    if after_relu:
+        x = x.relu()
+    return x.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+
+
+def in_layout_of(x, y):
+    """Whether y is dense in the memory format of x (an image of one pixel is so in both)."""
+    return y.is_contiguous(memory_format=torch.channels_last if x.stride(1) == 1 else torch.contiguous_format)
+
+
+def codes_of(values, after_relu, last_nan=True):
+    """The codes of max_pool2d(values, 3, 2), where the last NaN of a window beats everything, or the first."""
+    pooled, index = reference.max_pool2d(values.double(), 3, 2, return_indices=True)
+    width = values.shape[3]
+    row = index // width - 2 * torch.arange(pooled.shape[2])[:, None]
+    column = index % width - 2 * torch.arange(pooled.shape[3])
+    codes = CODES[row, column]
+    if not last_nan:
+        codes = torch.where(pooled.isnan(), codes_of(values.isnan(), False), codes)
+    return torch.where(pooled == 0, DEAD, codes).to(torch.int8) if after_relu else codes
+
+
+def check_forward(x, size, *, groups=1, after_relu=False, config=None, alpha=ALPHA, beta=BETA, k=K, module=fused):
+    """y against float64; y and codes against the values of the LRN kernel, pooled by comparing alone: no tolerance."""
+    args = (size, alpha, beta, k)
+    y, codes = module.lrn_max_pool_fwd(x, *args, groups=groups, after_relu=after_relu, config=config)
+    exact = reference.lrn_max_pool2d(x.double(), *args, groups=groups)
+    assert_matches(y, exact, terms=size, truncates=x.dtype == BF16 and interpreting())
+    values = lrn_fwd(x, *args, groups=groups)
+    pooled = reference.max_pool2d(values.double(), 3, 2)
+    torch.testing.assert_close(y.double(), pooled, rtol=0, atol=0, equal_nan=True)
+    packed = after_relu and x.dtype != FP32
+    torch.testing.assert_close(codes, codes_of(values, after_relu, last_nan=not packed), rtol=0, atol=0)
+    assert y.dtype == x.dtype
+    assert in_layout_of(x, y)
+    assert in_layout_of(x, codes)
+    return y, codes
+
+
+def window_sum(v, below, above, groups):
+    """Sums over the channels [c - below, c + above] inside each group."""
+    v = v.unflatten(1, (groups, -1)).movedim(2, -1)
+    v = torch.nn.functional.pad(v, (below, above)).unfold(-1, below + 1 + above, 1).sum(-1)
+    return v.movedim(-1, 2).flatten(1, 2)
+
+
+def expected_gradient(x, grad, size, *, groups, after_relu, alpha, beta, k):
+    """dx by autograd in float64, and the sum of the absolute values that it is made of."""
+    wide = x.double().requires_grad_()
+    y = reference.lrn_max_pool2d(wide, size, alpha, beta, k, groups=groups)
+    (dx,) = torch.autograd.grad(y, wide, grad.double())
+    if after_relu:
+        dx = dx * (x > 0)
+    wide = x.double()
+    values = reference.local_response_norm(wide, size, alpha, beta, k, groups=groups).requires_grad_()
+    (g,) = torch.autograd.grad(reference.max_pool2d(values, 3, 2), values, grad.double().abs())
+    below, above = size // 2, (size - 1) // 2
+    d = k + alpha / size * window_sum(wide**2, below, above, groups)
+    t = g * wide.abs() * d ** (-beta - 1)
+    return dx, g * d**-beta + 2 * alpha * beta / size * wide.abs() * window_sum(t, above, below, groups)
+
+
+def clear_winners(x, size, *, groups, after_relu, alpha, beta, k):
+    """1 where rounding cannot change which cell of a window is the largest, else 0; a window of zeros is clear."""
+    values = reference.local_response_norm(x.double(), size, alpha, beta, k, groups=groups)
+    cells = values.unfold(2, 3, 2).unfold(3, 3, 2).flatten(-2)
+    first, second = cells.topk(2).values.unbind(-1)
+    return ((first - second > 6 * UNIT_ROUNDOFF[x.dtype] * first.abs()) | (first == 0) & after_relu).to(x.dtype)
+
+
+def check_backward(
+    x, size, *, groups=1, after_relu=False, config=None, bias_partials=False, alpha=ALPHA, beta=BETA, k=K, module=fused
+):
+    """dx and the bias gradient against autograd in float64; no gradient enters where rounding may decide the winner."""
+    args = (size, alpha, beta, k)
+    kw = {"groups": groups, "after_relu": after_relu}
+    _, codes = module.lrn_max_pool_fwd(x, *args, **kw)
+    clear = clear_winners(x, groups=groups, after_relu=after_relu, size=size, alpha=alpha, beta=beta, k=k)
+    assert clear.mean(dtype=torch.float64) > 0.5
+    grad = torch.randn(codes.shape).to(x.dtype) * clear
+    dx, magnitude = expected_gradient(x, grad, size, alpha=alpha, beta=beta, k=k, **kw)
+    got = module.lrn_max_pool_bwd(grad, codes, x, *args, groups=groups, bias_partials=bias_partials, config=config)
+    if bias_partials:
+        got, partials = got
+        assert partials.dtype == FP32
+        assert partials.shape[1] == x.shape[1]
+        assert_matches(
+            partials.double().sum(0).float(),
+            dx.sum((0, 2, 3)),
+            terms=x[:, 0].numel() + size,
+            magnitude=magnitude.sum((0, 2, 3)),
+        )
+    assert_matches(got, dx, terms=size + 4, magnitude=magnitude, truncates=x.dtype == BF16 and interpreting())
+    assert in_layout_of(x, got)
+
+
+@cases
+@kinds
+def test_forward(case, dtype, channels_last, after_relu):
+    size, channels, groups, height, width, columns, rows, _ = CASES[case]
+    x = activations((2, channels, height, width), dtype, channels_last, after_relu)
+    config = ForwardConfig(columns, rows, WARPS)
+    y, _ = check_forward(x, size, groups=groups, after_relu=after_relu, config=config)
+    values, none = fused.lrn_max_pool_fwd(x, size, ALPHA, BETA, K, groups=groups, codes=False, config=config)
+    assert none is None
+    assert torch.equal(values, y)
+
+
+@cases
+@kinds
+def test_backward(case, dtype, channels_last, after_relu):
+    size, channels, groups, height, width, _, _, rows = CASES[case]
+    x = activations((2, channels, height, width), dtype, channels_last, after_relu)
+    config = BackwardConfig(rows, WARPS)
+    check_backward(x, size, groups=groups, after_relu=after_relu, config=config, bias_partials=rows > 1)
+
+
+@pytest.mark.parametrize("beta", [0.5, 1.0, 0.6])
+def test_other_exponents(beta):
+    x = activations((1, 16, 5, 5), FP16, True, True)
+    check_forward(x, 5, beta=beta, k=1.5, after_relu=True)
+    check_backward(x, 5, beta=beta, k=1.5, after_relu=True)
+
+
+def test_default_configs():
+    x = activations((3, 16, 9, 8), FP16, True, True)
+    check_forward(x, 5, after_relu=True)
+    check_backward(x, 5, after_relu=True, bias_partials=True)
+
+
+@pytest.mark.parametrize("dtype", [FP16, FP32])
+@pytest.mark.parametrize("channels_last", [True, False])
+@pytest.mark.parametrize("after_relu", [True, False])
+def test_ties_go_to_the_first_cell_and_empty_windows_die(dtype, channels_last, after_relu):
+    # Three values that all channels of a pixel share: most windows tie.  Whole windows of zeros are among them.
+    x = torch.randint(0, 3, (4, 1, 9, 9)).expand(4, 16, 9, 9).to(dtype)
+    x[:, :, :5, :5] = 0
+    x = x.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+    y, codes = check_forward(x, 5, after_relu=after_relu, config=ForwardConfig(3, 2, WARPS))
+    zero = y == 0
+    assert zero.any()
+    assert (codes[zero] == (DEAD if after_relu else CODES[0, 0])).all()
+    if after_relu:
+        grad = torch.ones_like(y)
+        dx = fused.lrn_max_pool_bwd(grad, codes, x, 5, ALPHA, BETA, K)
+        assert (dx[x == 0] == 0).all()
+        # each living window sends its gradient to one pixel: with alpha = 0, LRN is a factor of k**-beta
+        dx = fused.lrn_max_pool_bwd(grad, codes, x, 5, 0.0, 0.5, 4.0)
+        assert dx.sum() == 0.5 * (~zero).sum()
+
+
+@pytest.mark.parametrize("dtype", [FP16, BF16, FP32])
+@pytest.mark.parametrize("channels_last", [True, False])
+@pytest.mark.parametrize("after_relu", [True, False])
+def test_nan_and_infinity(dtype, channels_last, after_relu):
+    x = activations((1, 16, 9, 9), dtype, channels_last, after_relu)
+    x[0, 3, 4, 4] = torch.nan
+    x[0, 4, 3, 3] = torch.nan
+    x[0, 9, 6, 6] = torch.inf
+    if not after_relu:
+        x[0, 12, 1, 1] = -torch.inf
+        x[0, 13, 2, 2] = -torch.nan
+    y, codes = check_forward(x, 5, after_relu=after_relu, config=ForwardConfig(2, 2, WARPS))
+    assert y.isnan().any()
+    assert not y.isnan().all()
+    assert not (codes[y.isnan()] == DEAD).any()
+
+
+@pytest.mark.parametrize("alpha", [1e-4, 1.0])
+def test_large_fp16_values_do_not_overflow(alpha):
+    """The squares of 6e4 exceed fp16 by far; eager PyTorch returns 0 from |x| = 256 on."""
+    x = activations((1, 16, 7, 7), FP16, True, True).clamp(max=1) * 6e4
+    check_forward(x, 5, after_relu=True, alpha=alpha)
+    check_backward(x, 5, after_relu=True, alpha=alpha)
+
+
+@pytest.mark.parametrize("channels_last", [True, False])
+def test_layouts(channels_last):
+    """Strided and expanded x and grad give what their dense copies give, bit for bit."""
+    dense = activations((2, 16, 7, 9), FP16, channels_last, True)
+    y, codes = fused.lrn_max_pool_fwd(dense, 5, ALPHA, BETA, K, after_relu=True)
+    grad = torch.randn_like(y)
+    dx = fused.lrn_max_pool_bwd(grad, codes, dense, 5, ALPHA, BETA, K)
+
+    wide = torch.zeros((2, 16, 7, 18), dtype=FP16).contiguous(
+        memory_format=torch.channels_last if channels_last else torch.contiguous_format
+    )
+    strided = wide[..., ::2]
+    strided.copy_(dense)
+    other_grad = grad.contiguous(memory_format=torch.contiguous_format if channels_last else torch.channels_last)
+    y2, codes2 = fused.lrn_max_pool_fwd(strided, 5, ALPHA, BETA, K, after_relu=True)
+    dx2 = fused.lrn_max_pool_bwd(other_grad, codes2, strided, 5, ALPHA, BETA, K)
+    assert torch.equal(y, y2)
+    assert torch.equal(codes, codes2)
+    assert torch.equal(dx, dx2)
+    assert in_layout_of(y, y2)
+    assert in_layout_of(dx, dx2)
+
+    one = dense[:1].expand(3, -1, -1, -1)
+    y3, codes3 = fused.lrn_max_pool_fwd(one, 5, ALPHA, BETA, K, after_relu=True)
+    assert torch.equal(y3, y[:1].expand_as(y3))
+    dx3 = fused.lrn_max_pool_bwd(grad[:1].expand_as(y3), codes3, one, 5, ALPHA, BETA, K)
+    assert torch.equal(dx3, dx[:1].expand_as(dx3))
+
+
+def test_two_runs_are_bit_equal():
+    x = activations((2, 16, 9, 9), FP16, True, True)
+    grad = torch.randn(2, 16, 4, 4).half()
+    runs = []
+    for _ in range(2):
+        y, codes = fused.lrn_max_pool_fwd(x, 5, ALPHA, BETA, K, after_relu=True)
+        runs.append((y, codes, *fused.lrn_max_pool_bwd(grad, codes, x, 5, ALPHA, BETA, K, bias_partials=True)))
+    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+
+
+@pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format])
+def test_empty_batch(layout):
+    x = torch.zeros((0, 16, 7, 9), dtype=FP16).contiguous(memory_format=layout)
+    y, codes = fused.lrn_max_pool_fwd(x, 5, ALPHA, BETA, K)
+    assert y.shape == codes.shape == (0, 16, 3, 4)
+    dx, partials = fused.lrn_max_pool_bwd(y, codes, x, 5, ALPHA, BETA, K, bias_partials=True)
+    assert dx.shape == x.shape
+    assert partials.sum(0).tolist() == [0.0] * 16
+
+
+@pytest.mark.parametrize(
+    ("arguments", "word"),
+    [
+        ({}, None),
+        ({"channels_last": False}, None),
+        ({"kernel_size": (3, 3), "stride": [2, 2], "padding": (0, 0)}, None),
+        ({"ceil_mode": True}, None),
+        ({"size": 9, "groups": 2}, None),
+        ({"dtype": FP32, "x_shape": (1, 4, 3, 3)}, None),
+        ({"x_shape": (8, 7, 7)}, "dimensions"),
+        ({"dtype": torch.float64}, "float64"),
+        ({"size": 10}, "size"),
+        ({"size": 0}, "size"),
+        ({"groups": 4}, "groups"),
+        ({"groups": 0}, "groups"),
+        ({"x_shape": (1, 12, 7, 7)}, "multiple of 8"),
+        ({"x_shape": (1, 16, 2, 7)}, "2x7"),
+        ({"x_shape": (1, 2**15, 2**8, 2**8)}, "2^31"),
+        ({"x_shape": (1, 16, 7, 8), "ceil_mode": True}, "ceil_mode"),
+        ({"kernel_size": 2}, "kernel_size"),
+        ({"kernel_size": (3, 2)}, "kernel_size"),
+        ({"stride": 1}, "stride"),
+        ({"stride": None}, "stride"),
+        ({"padding": 1}, "padding"),
+        ({"dilation": (1, 2)}, "dilation"),
+    ],
+)
+def test_unsupported(arguments, word):
+    base = {"x_shape": (2, 16, 7, 7), "dtype": FP16, "channels_last": True, "size": 5}
+    reason = fused.unsupported(**{**base, **arguments})
+    assert reason is None if word is None else word in reason
+
+
+def test_bad_arguments():
+    x = torch.zeros((1, 16, 7, 7), dtype=FP16)
+    y, codes = torch.zeros((1, 16, 3, 3), dtype=FP16), torch.zeros((1, 16, 3, 3), dtype=torch.int8)
+    with pytest.raises(ValueError, match="size is 11"):
+        fused.lrn_max_pool_fwd(x, 11, ALPHA, BETA, K)
+    with pytest.raises(ValueError, match="3 groups"):
+        fused.lrn_max_pool_bwd(y, codes, x, 5, ALPHA, BETA, K, groups=3)
+    with pytest.raises(ValueError, match=r"grad must be \(1, 16, 3, 3\)"):
+        fused.lrn_max_pool_bwd(x, codes, x, 5, ALPHA, BETA, K)
+    with pytest.raises(ValueError, match=r"in torch\.float16, got \(1, 16, 3, 3\) in torch\.float32"):
+        fused.lrn_max_pool_bwd(y.float(), codes, x, 5, ALPHA, BETA, K)
+    with pytest.raises(ValueError, match=r"codes must be .* in torch\.int8, got .* in torch\.float16"):
+        fused.lrn_max_pool_bwd(y, y, x, 5, ALPHA, BETA, K)
+    with pytest.raises(ValueError, match=r"config\.rows must divide the 4"):
+        fused.lrn_max_pool_bwd(y, codes, x, 5, ALPHA, BETA, K, config=BackwardConfig(rows=3))
+
+
+@pytest.mark.parametrize("batch", [1, 16, 128, 1024])
+@pytest.mark.parametrize(("chunks", "height"), [(12, 55), (32, 27), (1, 3), (5, 26)])
+def test_configs(batch, chunks, height):
+    out = (height - 3) // 2 + 1
+    forward = fused.forward_config(batch, chunks, out, out)
+    items = batch * chunks * triton.cdiv(out, forward.columns) * triton.cdiv(out, forward.rows)
+    finest = batch * chunks * out * out
+    assert items >= min(32 * fused.ENOUGH_WARPS, finest)
+    pairs = triton.cdiv(height, 2)
+    assert fused.backward_config(batch, chunks, height, height, 2, False).rows == 1
+    rows = fused.backward_config(batch, chunks, height, height, 2, True).rows
+    assert pairs % rows == 0
+    moved = batch * chunks * 8 * (2 * 2 * height**2 + 3 * out**2)
+
+    def items(rows):
+        return batch * chunks * pairs * (pairs // rows)
+
+    # the partials are small, or a coarser cut would leave the device idle
+    coarser = next((d for d in range(rows + 1, pairs + 1) if pairs % d == 0), None)
+    small = items(rows) * 8 * 4 <= 1.01 * fused.PARTIALS_SHARE * moved
+    assert small or coarser is None or items(coarser) < 32 * fused.ENOUGH_WARPS
+    if (chunks, height) in ((12, 55), (32, 27)) and batch >= 128:
+        assert small
+
+
+class Reserved:
+    """`elements` of address space on either side of a pointer; only the pages that are written take memory."""
+
+    def __init__(self, dtype, elements):
+        self.dtype = dtype
+        self.half = -(-elements * dtype.itemsize // mmap.PAGESIZE) * mmap.PAGESIZE
+        # MAP_NORESERVE has a name from Python 3.13 on
+        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0x4000)
+        self.memory = mmap.mmap(-1, 2 * self.half, flags=flags)
+
+    def at(self, index, count=1):
+        offset = self.half + index * self.dtype.itemsize
+        return torch.frombuffer(self.memory, dtype=self.dtype, count=count, offset=offset)
+
+
+@interpreter_only
+@pytest.mark.parametrize("channels_last", [True, False])
+def test_more_than_2_31_elements(channels_last, monkeypatch):
+    """The last image of a batch of more than 2^31 elements; an offset that wraps around would find zeros."""
+    x = activations((1, 8, 3, 3), FP16, channels_last, True)
+    y, codes = fused.lrn_max_pool_fwd(x, 5, ALPHA, BETA, K, after_relu=True)
+    grad = torch.randn_like(y)
+    dx = fused.lrn_max_pool_bwd(grad, codes, x, 5, ALPHA, BETA, K)
+
+    batch = 2**31 // x.numel() + 1000
+    last = batch - 1
+    big = {
+        name: Reserved(t.dtype, batch * t.numel())
+        for name, t in {"x": x, "y": y, "codes": codes, "grad": grad, "dx": dx}.items()
+    }
+    for name, t in {"x": x, "grad": grad}.items():
+        flat = t.permute(0, 2, 3, 1) if channels_last else t
+        big[name].at(last * t.numel(), t.numel()).copy_(flat.flatten())
+    pointers = {name: reserved.at(0) for name, reserved in big.items()}
+
+    # one program runs, of 32 items (forward) or one warp (backward): the one that holds the last item
+    interpreter = triton.runtime.interpreter
+    program = 0
+    monkeypatch.setattr(
+        interpreter.interpreter_builder,
+        "create_get_program_id",
+        lambda axis: interpreter.TensorHandle(np.array([program], dtype=np.int32), tl.int32),
+    )
+    shared = fused.constants(x, 5, ALPHA, BETA, K, 1)
+    program = (batch - 1) // 32
+    fused.lrn_max_pool_fwd_kernel[(1,)](
+        *(pointers[name] for name in ("x", "y", "codes")),
+        batch,
+        1,
+        **shared,
+        AFTER_RELU=True,
+        MODE="packed",
+        COLUMNS=1,
+        BLOCK=32,
+    )
+    items = batch * 2 * 2
+    program = (items - 1) // (30 if channels_last else 32)
+    fused.lrn_max_pool_bwd_kernel[(1,)](
+        *(pointers[name] for name in ("grad", "codes", "x", "dx", "dx")),
+        items,
+        **shared,
+        PARTIALS=False,
+        ROWS=1,
+        WARPS=1,
+        LANES=32,
+    )
+    for name, t in {"y": y, "codes": codes, "dx": dx}.items():
+        flat = t.permute(0, 2, 3, 1) if channels_last else t
+        assert torch.equal(big[name].at(last * t.numel(), t.numel()), flat.flatten()), name
+
+
+def tied():
+    """Most windows have several maxima or none but zeros."""
+    x = torch.randint(0, 2, (2, 1, 9, 9)).expand(2, 16, 9, 9).half()
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+def any_sign():
+    return activations((2, 16, 7, 7), FP16, True, False)
+
+
+MUTATIONS = {
+    "nothing": ("", "", None),
+    "alpha for alpha/n": (
+        "float(alpha) / size",
+        "float(alpha)",
+        lambda m: check_forward(any_sign(), 5, module=m),
+    ),
+    "even window on the wrong side": (
+        "x_ptr, channel, BELOW, (SIZE - 1) // 2, N",
+        "x_ptr, channel, (SIZE - 1) // 2, BELOW, N",
+        lambda m: check_forward(any_sign(), 4, module=m),
+    ),
+    "no halo": (
+        "load_window(ptr, channel, LEFT, RIGHT, N, GROUP_CHANNELS)",
+        "load_window(ptr, channel * 0, LEFT, RIGHT, N, N)",
+        lambda m: check_forward(any_sign(), 5, module=m),
+    ),
+    "windows across groups": (
+        "cv * VEC % GROUP_CHANNELS",
+        "cv * VEC % C",
+        lambda m: check_forward(activations((1, 16, 5, 5), FP16, False, False), 5, groups=2, module=m),
+    ),
+    "last maximum wins": (
+        "second[0] > first[0]",
+        "second[0] >= first[0]",
+        lambda m: check_forward(tied(), 5, module=m),
+    ),
+    "later cell wins, packed": (
+        "return (c[0] + BITS,)",
+        "return (c[0],)",
+        lambda m: check_forward(tied(), 5, after_relu=True, config=ForwardConfig(2, 2, WARPS), module=m),
+    ),
+    "comparison before rounding": (
+        "y.to(DTYPE).to(tl.float32)",
+        "y",
+        lambda m: check_forward(any_sign() * 0.01 + 3, 5, module=m),
+    ),
+    "NaN loses": (
+        " | (second[0] != second[0])",
+        "",
+        lambda m: check_forward(any_sign().masked_fill(any_sign() > 4, torch.nan), 5, module=m),
+    ),
+    "no dead codes": (
+        "tl.where(c[0] < 0x10000, DEAD, ~c[0] & DEAD)",
+        "~c[0] & DEAD",
+        lambda m: check_backward((any_sign() - 4).relu(), 5, after_relu=True, module=m),
+    ),
+    "adjoint window not mirrored": (
+        "with_neighbours(ts, channel, ABOVE, BELOW, N",
+        "with_neighbours(ts, channel, BELOW, ABOVE, N",
+        lambda m: check_backward(any_sign(), 4, module=m),
+    ),
+    "no halo of the terms": (
+        "tl.where(channel > 0, tl.gather(t[i], previous, 1), 0.0)",
+        "0.0 * t[i]",
+        lambda m: check_backward(any_sign(), 5, module=m),
+    ),
+    "terms across groups": (
+        "tl.where(channel < GROUP_CHANNELS - N, tl.gather(t[i], following, 1), 0.0)",
+        "tl.gather(t[i], following, 1)",
+        lambda m: check_backward(any_sign(), 5, groups=2, module=m),
+    ),
+    "half the indirect gradient": (
+        "(2 * SCALE * BETA)",
+        "(SCALE * BETA)",
+        lambda m: check_backward(any_sign(), 5, module=m),
+    ),
+    "feeding lanes counted": (
+        "4, 1, mine)",
+        "4, 1)",
+        lambda m: check_backward(any_sign(), 5, bias_partials=True, module=m),
+    ),
+}
+
+
+@interpreter_only
+@pytest.mark.parametrize("mutation", list(MUTATIONS))
+def test_mutations_turn_the_checks_red(mutation, tmp_path, monkeypatch):
+    """Each check above, on a copy of the kernels with one mistake in it."""
+    old, new, check = MUTATIONS[mutation]
+    with open(fused.__file__) as file:
+        source = file.read()
+    path = tmp_path / "mutant.py"
+    path.write_text(source.replace(old, new) if old else source)
+    spec = importlib.util.spec_from_file_location("fastalex.kernels.mutant", path)
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, spec.name, module)
+    spec.loader.exec_module(module)
+    if check is None:
+        for _, _, check in list(MUTATIONS.values())[1:]:
+            check(module)
+    else:
+        assert old in source
+        with pytest.raises(AssertionError):
+            check(module)
