@@ -11,9 +11,9 @@ import torch
 import triton
 import triton.language as tl
 
-from .registers import DTYPES, is_channels_last, pack, unpack, vector_width
+from .registers import DTYPES, is_channels_last, pack, unpack, vector_width, warps
 
-WARPS = 4
+THREADS = 128
 
 
 @triton.jit
@@ -114,8 +114,7 @@ def bias_relu_(z, bias=None, *, p=0.0, seed=None):
         return z
 
     vec = vector_width(z.dtype)
-    block = 32 * WARPS
-    bias_relu_kernel[(triton.cdiv(z.numel(), vec * block),)](
+    bias_relu_kernel[(triton.cdiv(z.numel(), vec * THREADS),)](
         z,
         None if bias is None else bias.contiguous(),
         seed if p > 0 else None,
@@ -127,7 +126,7 @@ def bias_relu_(z, bias=None, *, p=0.0, seed=None):
         VEC=vec,
         WHOLE=z.numel() % vec == 0,
         LARGE=z.numel() >= 2**31 - 2**16,
-        BLOCK=block,
-        num_warps=WARPS,
+        BLOCK=THREADS,
+        num_warps=warps(THREADS),
     )
     return z

@@ -38,10 +38,11 @@ from .registers import (
     unpack,
     use_asm,
     vector_width,
+    warps,
     window_sums,
 )
 
-WARPS = 4
+THREADS = 128
 # Warps that exchange their neighbours' terms by shuffles: of 32 lanes the outer two only feed the others.
 LANES = tl.constexpr(32)
 FEEDING_LANES = tl.constexpr(2)
@@ -440,8 +441,8 @@ class Pass:
     vectors: int
 
 
-FORWARD = Pass(lrn_fwd_kernel, lrn_fwd_planes_kernel, lrn_fwd_wide_kernel, vectors=32 * WARPS)
-BACKWARD = Pass(lrn_bwd_kernel, lrn_bwd_planes_kernel, lrn_bwd_wide_kernel, vectors=30 * WARPS)
+FORWARD = Pass(lrn_fwd_kernel, lrn_fwd_planes_kernel, lrn_fwd_wide_kernel, vectors=THREADS)
+BACKWARD = Pass(lrn_bwd_kernel, lrn_bwd_planes_kernel, lrn_bwd_wide_kernel, vectors=THREADS // 32 * 30)
 
 
 def check(x, size, groups):
@@ -478,7 +479,6 @@ def launch(direction, tensors, size, alpha, beta, k, groups):
     # a window that reaches past the group from everywhere is as wide as the group
     below, above = min(size // 2, channels - 1), min((size - 1) // 2, channels - 1)
     vec = vector_size(channels, vector_width(x.dtype), max(below, above))
-    block = 32 * WARPS
     constants = {
         "CHANNELS": channels,
         "BELOW": below,
@@ -489,16 +489,16 @@ def launch(direction, tensors, size, alpha, beta, k, groups):
         "ASM": use_asm(),
         # work items are 32-bit and never more than elements, but for the last program's surplus
         "LARGE": x.numel() >= 2**31 - 2**16,
-        "num_warps": WARPS,
+        "num_warps": warps(THREADS),
     }
     if is_channels_last(x) and max(below, above) <= vec:
         vectors = rows * triton.cdiv(channels, vec)
         grid = (triton.cdiv(vectors, direction.vectors),)
-        direction.channels_last[grid](*tensors, vectors, **constants, VEC=vec, BLOCK=block)
+        direction.channels_last[grid](*tensors, vectors, **constants, VEC=vec, BLOCK=THREADS)
     elif not is_channels_last(x) and max(below, above) <= MAX_HALO:
         chunk = chunk_size(channels)
-        grid = (triton.cdiv(rows, block) * triton.cdiv(channels, chunk),)
-        direction.planes[grid](*tensors, rows, PLANE=plane, **constants, CHUNK=chunk, BLOCK=block)
+        grid = (triton.cdiv(rows, THREADS) * triton.cdiv(channels, chunk),)
+        direction.planes[grid](*tensors, rows, PLANE=plane, **constants, CHUNK=chunk, BLOCK=THREADS)
     else:
         tile = triton.next_power_of_2(channels)
         block = max(1, WIDE_TILE // tile)

@@ -21,6 +21,11 @@ def use_asm():
     return torch.version.hip is None and not interpreting()
 
 
+def warps(threads):
+    """num_warps for so many threads.  AMD waves are 64 wide (CDNA); more of them would split the vectors."""
+    return threads // (32 if torch.version.hip is None else 64)
+
+
 def vector_width(dtype):
     """Elements in the 16 bytes that a thread loads or stores at once."""
     return 16 // dtype.itemsize

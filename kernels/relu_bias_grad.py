@@ -11,9 +11,9 @@ import torch
 import triton
 import triton.language as tl
 
-from .registers import DTYPES, dense, in_layout_of, is_channels_last
+from .registers import DTYPES, dense, in_layout_of, is_channels_last, warps
 
-WARPS = 4
+THREADS = 128
 # Elements that a program handles at once: 16 per thread, two 16-byte loads of grad and of y in fp16.
 TILE = 2048
 # Channels of a tile in channels-last memory: one row of it is two 32-byte sectors in fp16.
@@ -125,7 +125,7 @@ def sum_partials(partials):
     block = 8
     if channels:
         sum_partials_kernel[(triton.cdiv(channels, block),)](
-            partials, out, count, channels, BLOCK_P=BLOCK_PARTIALS, BLOCK_C=block, num_warps=WARPS
+            partials, out, count, channels, BLOCK_P=BLOCK_PARTIALS, BLOCK_C=block, num_warps=warps(THREADS)
         )
     return out
 
@@ -178,11 +178,11 @@ def relu_bias_grad(grad, y, *, bias=True, scale=1.0):
     if is_channels_last(y):
         relu_bias_grad_kernel[grid](
             grad, y, dz, partials, rows, channels, steps, scale,
-            BLOCK_R=block, BLOCK_C=columns, num_warps=WARPS,
+            BLOCK_R=block, BLOCK_C=columns, num_warps=warps(THREADS),
         )  # fmt: skip
     else:
         relu_bias_grad_planes_kernel[grid](
             grad, y, dz, partials, y.shape[0], channels, plane, steps, scale,
-            BLOCK_N=block, BLOCK_P=columns, num_warps=WARPS,
+            BLOCK_N=block, BLOCK_P=columns, num_warps=warps(THREADS),
         )  # fmt: skip
     return dz, sum_partials(partials) if bias else None
