@@ -25,7 +25,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-CLASSES = (
+CLASSES: tuple[str, ...] = (
     "T-shirt/top", "Trouser", "Pullover", "Dress", "Coat",
     "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot",
 )  # fmt: skip
@@ -75,7 +75,7 @@ def read_idx(path: Path) -> np.ndarray:
 def draw(images: np.ndarray, labels: np.ndarray, per_class: int) -> np.ndarray:
     """`per_class` pictures of each class, (classes * per_class, 28, 28): smallest hash of seed and pixels first."""
 
-    def rank(index: int) -> tuple[bytes, int]:
+    def rank(index: np.intp) -> tuple[bytes, np.intp]:
         return hashlib.sha256(SEED + images[index].tobytes()).digest(), index
 
     chosen = [sorted(np.flatnonzero(labels == label), key=rank)[:per_class] for label in range(len(CLASSES))]

@@ -36,7 +36,7 @@ class ImageSet(Protocol):
 class FashionMNIST:
     """The sample of Fashion-MNIST that ships with fastalex, enlarged from 28x28 to what `preprocessing` says.
 
-    Three channels repeat the grey one.  A black margin of 1/16 of the crop leaves room for random crops; evaluation
+    Three channels repeat the grey one.  A black margin of 1/32 of the crop leaves room for random crops; evaluation
     cuts it off again.
     """
 
@@ -56,7 +56,7 @@ class FashionMNIST:
 
     def batches(self, split: str, order: Tensor, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
         images, labels = (torch.from_numpy(array) for array in self._pictures[split])
-        size, margin = self.preprocessing.resize, self.preprocessing.crop // 16
+        size, margin = self.preprocessing.resize, self.preprocessing.crop // 32
         for indices in order.split(batch_size):
             enlarged = F.interpolate(images[indices, None].float(), size=(size, size), mode="bilinear")
             batch = F.pad(enlarged.round().to(torch.uint8), (margin,) * 4)

@@ -1,0 +1,39 @@
+# make demo, make test: everything a fresh machine with python3 and make needs, in .venv
+VENV ?= .venv
+PYTHON ?= python3
+RUN := $(VENV)/bin/python
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-all lint clean
+
+help:
+	@echo "make demo      train a small AlexNet on real pictures and show what it learnt (results in runs/demo)"
+	@echo "make test      the fast tests, on the CPU"
+	@echo "make test-all  all tests"
+	@echo "make lint      ruff and mypy"
+	@echo "make clean     remove $(VENV)"
+
+# the stamp is younger than pyproject.toml when the environment is complete
+$(VENV)/installed: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install --upgrade pip
+	$(RUN) -m pip install -e '.[dev]'
+	touch $@
+
+demo: $(VENV)/installed
+	$(RUN) -m fastalex demo
+
+# two processes with one thread each: on two cores faster than one process with two threads
+test: $(VENV)/installed
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 --dist loadfile -m "not slow"
+
+test-all: $(VENV)/installed
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 --dist loadfile
+
+lint: $(VENV)/installed
+	$(RUN) -m ruff check
+	$(RUN) -m ruff format --check
+	$(RUN) -m mypy
+
+clean:
+	rm -rf $(VENV)

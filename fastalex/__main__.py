@@ -1,0 +1,3 @@
+from fastalex.cli import main
+
+main()

@@ -1,0 +1,213 @@
+"""The command line: `fastalex demo | train | eval | predict`, or `python -m fastalex`.
+
+One thin function per subcommand; what it needs is imported when it runs, so that `--help` answers at once.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
+
+if TYPE_CHECKING:
+    import torch
+
+    from fastalex.data.image_sets import ImageSet
+    from fastalex.data.preprocessing import Preprocessing
+
+# import name -> why it can be missing: the `cli` extra installs all of them
+EXTRAS = ("PIL", "matplotlib", "rich", "safetensors", "torchvision", "tyro")
+DEMO_MODEL = Path("runs/demo/model.safetensors")
+
+
+def fail(message: object) -> NoReturn:
+    """One line on stderr and exit code 2, as for a wrong argument."""
+    print(f"fastalex: error: {' '.join(str(message).split())}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+try:
+    import tyro
+except ModuleNotFoundError:
+    fail("the command line needs tyro: pip install 'fastalex[cli]'")
+
+
+def demo(out: Path = Path("runs/demo"), epochs: int = 20, device: str | None = None) -> None:
+    """Train a small AlexNet on the pictures that ship with fastalex, and show what it learnt.
+
+    Prints the five likeliest classes of held-out pictures and writes model.safetensors, metrics.jsonl,
+    learning_curve.png, filters.png and predictions.png.  One to three minutes on two CPU cores.
+
+    Args:
+        out: Folder for the results.
+        epochs: Passes over the 5,000 training pictures.
+        device: cpu, cuda, cuda:1, ...; by default a GPU if there is one.
+    """
+    from fastalex.demo import run
+
+    run(out, epochs, find_device(device))
+
+
+def train(
+    data: Path | None = None,
+    variant: Literal["demo", "paper", "code2012", "torchvision", "bvlc_alexnet", "caffenet"] = "demo",
+    out: Path = Path("runs/train"),
+    epochs: int | None = None,
+    batch_size: int | None = None,
+    lr: float | None = None,
+    amp: Literal["off", "bf16", "fp16"] = "off",
+    device: str | None = None,
+    workers: int | None = None,
+    seed: int = 0,
+    resume: bool = False,
+) -> None:
+    """Train a model; after every epoch a checkpoint and a line of metrics.jsonl are written to the output folder.
+
+    Args:
+        data: Folder with train/CLASS/*.jpg and val/CLASS/*.jpg; by default the Fashion-MNIST sample that ships
+            with fastalex.
+        variant: Which AlexNet: "demo" is narrow and takes 64x64 pictures, the others have the full size.
+        out: Folder for model.safetensors (for eval and predict), state.pt (for --resume) and metrics.jsonl.
+        epochs: Passes over the training pictures; by default 20 for "demo", 90 for the others.
+        batch_size: Pictures per step; by default 50 for "demo", 128 for the others.
+        lr: Highest learning rate; by default 0.05 for "demo", 0.01 for the others.
+        amp: Automatic mixed precision: bf16, or fp16 with loss scaling.
+        device: cpu, cuda, cuda:1, ...; by default a GPU if there is one.
+        workers: Processes that read pictures from --data; by default one per core, 8 at most.
+        seed: Of the initial weights, the order of the pictures, the crops and the dropout.
+        resume: Go on after the last complete epoch in the output folder.
+    """
+    import torch
+
+    from fastalex.alexnet import VARIANTS, AlexNet
+    from fastalex.data.image_sets import FashionMNIST
+    from fastalex.data.preprocessing import Preprocessing
+    from fastalex.training import loop, recipes
+    from fastalex.training.checkpoint import STATE
+    from fastalex.visualize.console import ProgressBar, console
+
+    recipe = recipes.DEMO_RECIPE if variant == "demo" else replace(recipes.PAPER_RECIPE, variant=VARIANTS[variant])
+    if variant == "demo" and data is not None:
+        recipe = replace(recipe, variant=recipes.demo_variant(channels=3))
+    given: dict[str, Any] = {"epochs": epochs, "batch_size": batch_size, "lr": lr, "seed": seed}
+    recipe = replace(recipe, **{name: value for name, value in given.items() if value is not None})
+    if not resume and (out / STATE).exists():
+        raise ValueError(f"{out} holds a run already: go on with --resume, or choose another folder with --out")
+    where = find_device(device)
+    make = FashionMNIST.preprocessing_for if data is None else Preprocessing.for_photos
+    preprocessing = make(recipe.variant.in_channels, recipe.variant.crop)
+    images = open_images(data, preprocessing, splits=("train", "test"), workers=workers)
+    torch.manual_seed(recipe.seed)
+    model = AlexNet(len(images.classes), recipe.dropout, variant=recipe.variant).to(where)
+    console.print(f"{images.count('train'):,} training pictures of {len(images.classes)} classes, on {where}")
+    try:
+        with ProgressBar(recipe.epochs, images.count("train")) as watcher:
+            loop.train(model, images, recipe, out, amp=amp, resume=resume, watcher=watcher)
+    except KeyboardInterrupt:
+        console.print(f"stopped; the same command with --resume goes on after the last complete epoch in {out}")
+        raise SystemExit(130) from None
+    console.print(f"wrote {out}")
+
+
+def evaluate(
+    weights: str = str(DEMO_MODEL),
+    data: Path | None = None,
+    batch_size: int = 250,
+    device: str | None = None,
+    workers: int | None = None,
+) -> None:
+    """Measure a model's accuracy on test pictures.
+
+    Args:
+        weights: A model.safetensors that `fastalex train` or `fastalex demo` wrote, a torchvision .pth file, or
+            IMAGENET1K_V1 for torchvision's published weights.
+        data: Folder with val/CLASS/*.jpg (or test/CLASS/...); by default the Fashion-MNIST sample.
+        batch_size: Pictures per step.
+        device: cpu, cuda, cuda:1, ...; by default a GPU if there is one.
+        workers: Processes that read pictures from --data; by default one per core, 8 at most.
+    """
+    from fastalex.evaluation.classifier import load_classifier
+    from fastalex.evaluation.metrics import evaluate as scores_of
+    from fastalex.visualize.console import print_scores
+
+    model, card = load_classifier(weights)
+    images = open_images(data, card.preprocessing, splits=("test",), workers=workers)
+    if images.classes != card.classes:
+        raise ValueError(
+            f"{weights} knows {len(card.classes)} classes ({card.classes[0]}, ...), "
+            f"the pictures have {len(images.classes)} ({images.classes[0]}, ...): they must be the same"
+        )
+    print_scores(scores_of(model.to(find_device(device)), images, batch_size=batch_size), images.count("test"))
+
+
+def predict(
+    images: Annotated[tuple[Path, ...], tyro.conf.Positional],
+    weights: str = str(DEMO_MODEL),
+    top: int = 5,
+    device: str | None = None,
+) -> None:
+    """Say what is on pictures: the likeliest classes with their probabilities.
+
+    Args:
+        images: Picture files (JPEG, PNG, ...).
+        weights: A model.safetensors that `fastalex train` or `fastalex demo` wrote, a torchvision .pth file, or
+            IMAGENET1K_V1 for torchvision's published weights.
+        top: How many classes to name.
+        device: cpu, cuda, cuda:1, ...; by default a GPU if there is one.
+    """
+    from fastalex.evaluation.classifier import classify, load_classifier, read_picture
+    from fastalex.visualize.console import print_predictions
+
+    if not images:
+        raise ValueError("name at least one picture")
+    if top < 1:
+        raise ValueError(f"--top must be at least 1, got {top}")
+    model, card = load_classifier(weights)
+    pictures = [read_picture(path, card.preprocessing) for path in images]
+    probabilities = classify(model.to(find_device(device)), pictures, card.preprocessing)
+    print_predictions([str(path) for path in images], probabilities, card.classes, top)
+
+
+def open_images(
+    data: Path | None, preprocessing: Preprocessing, *, splits: tuple[str, ...], workers: int | None
+) -> ImageSet:
+    from fastalex.data.image_sets import FashionMNIST, Folders
+
+    if data is None:
+        return FashionMNIST(preprocessing)
+    return Folders(data, preprocessing, splits=splits, workers=workers)
+
+
+def find_device(name: str | None) -> torch.device:
+    """Raises ValueError for a device that PyTorch does not know or cannot reach."""
+    import torch
+
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device {name} cannot be used: {error}") from None
+    return torch.device(name)
+
+
+COMMANDS: dict[str, Callable[..., Any]] = {"demo": demo, "train": train, "eval": evaluate, "predict": predict}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line; wrong input ends with one line on stderr and exit code 2."""
+    try:
+        tyro.extras.subcommand_cli_from_dict(
+            COMMANDS,
+            prog="fastalex",
+            description="AlexNet as fast as the hardware allows: train it, measure it, let it name pictures.",
+            args=arguments,
+        )
+    except ModuleNotFoundError as error:
+        if error.name not in EXTRAS:
+            raise
+        fail(f"this command needs {error.name}: pip install 'fastalex[cli]'")
+    except (OSError, ValueError, FloatingPointError) as error:
+        fail(error)

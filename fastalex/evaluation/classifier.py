@@ -1,0 +1,62 @@
+"""A model together with what is needed to use it on picture files."""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+
+import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
+from torch import Tensor
+from torchvision.transforms.v2 import functional as transforms
+
+from fastalex.alexnet import AlexNet, alexnet
+from fastalex.data.preprocessing import Preprocessing
+from fastalex.training.checkpoint import ModelCard, load_model
+
+IMAGENET_CLASSES = 1000
+
+
+def load_classifier(weights: str) -> tuple[AlexNet, ModelCard]:
+    """The model behind a file that `fastalex train` wrote, a torchvision `.pth` file, or a torchvision weights name.
+
+    Raises FileNotFoundError, or ValueError for a file that does not say what its classes are called.
+    """
+    if weights.endswith(".safetensors"):
+        return load_model(Path(weights))
+    try:
+        model = alexnet(weights)
+    except (RuntimeError, pickle.UnpicklingError) as error:
+        raise ValueError(f"{weights} is not a checkpoint that PyTorch can read: {error}") from error
+    if model.num_classes != IMAGENET_CLASSES:
+        raise ValueError(
+            f"{weights} has {model.num_classes} classes and no names for them; "
+            f"only files that `fastalex train` wrote and ImageNet's {IMAGENET_CLASSES} classes can be used here"
+        )
+    from torchvision.models import AlexNet_Weights
+
+    classes = tuple(AlexNet_Weights.IMAGENET1K_V1.meta["categories"])
+    return model.eval(), ModelCard(model.variant, classes, Preprocessing.for_photos(3, model.variant.crop))
+
+
+def read_picture(path: Path, preprocessing: Preprocessing) -> Tensor:
+    """An image file, upright, in the model's colours and size, not yet normalised: uint8 (C, resize.., resize..).
+
+    Raises FileNotFoundError, or ValueError for a file that is no image.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"no such file: {path}")
+    try:
+        with Image.open(path) as file:
+            image = ImageOps.exif_transpose(file).convert("L" if preprocessing.channels == 1 else "RGB")
+    except (UnidentifiedImageError, OSError, SyntaxError) as error:
+        raise ValueError(f"{path} is not an image that can be read ({error})") from None
+    return transforms.pil_to_tensor(transforms.resize(image, [preprocessing.resize]))
+
+
+@torch.inference_mode()
+def classify(model: AlexNet, pictures: list[Tensor], preprocessing: Preprocessing) -> Tensor:
+    """Class probabilities (N, classes) of pictures that `read_picture` returned."""
+    device = next(model.parameters()).device
+    inputs = torch.cat([preprocessing.for_evaluation(picture[None].to(device)) for picture in pictures])
+    return model(inputs).float().softmax(1).cpu()

@@ -1,0 +1,120 @@
+"""Checkpoints: a model that describes itself, and the state that lets a training run go on.
+
+`model.safetensors` holds the weights and, in the file's metadata, everything needed to use them (`ModelCard`).
+`state.pt` holds what only training needs.  Both are replaced in one step: a run killed at any moment leaves the old
+file or the new one, never half of one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastalex.alexnet import AlexNet, Conv, Variant
+from fastalex.data.preprocessing import Preprocessing
+from fastalex.functional import ResponseNorm
+
+MODEL, STATE = "model.safetensors", "state.pt"
+METADATA_KEY = "fastalex"
+
+
+@dataclass(frozen=True)
+class ModelCard:
+    """What a weights file must say for its model to be built and used."""
+
+    variant: Variant
+    classes: tuple[str, ...]
+    preprocessing: Preprocessing
+    dropout: float = 0.5
+
+    def build(self) -> AlexNet:
+        return AlexNet(len(self.classes), self.dropout, variant=self.variant)
+
+    def to_json(self) -> str:
+        return json.dumps(dataclasses.asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> ModelCard:
+        fields = json.loads(text)
+        convs = [
+            Conv(**{**conv, "norm": conv["norm"] and ResponseNorm(*conv["norm"])})
+            for conv in fields["variant"]["convs"]
+        ]
+        hidden = tuple(fields["variant"]["hidden"])
+        looks = fields["preprocessing"]
+        return cls(
+            Variant(**{**fields["variant"], "convs": tuple(convs), "hidden": hidden}),
+            tuple(fields["classes"]),
+            Preprocessing(**{**looks, "mean": tuple(looks["mean"]), "std": tuple(looks["std"])}),
+            fields["dropout"],
+        )
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary path beside `path`; what the block writes there takes the place of `path` once it is on the disk."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        yield temporary
+        with temporary.open("rb") as written:
+            os.fsync(written.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def save_model(path: Path, model: AlexNet, card: ModelCard) -> None:
+    from safetensors.torch import save_file
+
+    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    with replacing(path) as temporary:
+        save_file(weights, temporary, metadata={"variant": card.variant.name, METADATA_KEY: card.to_json()})
+
+
+def load_model(path: Path) -> tuple[AlexNet, ModelCard]:
+    """The model in a file that `save_model` wrote, in evaluation mode.
+
+    Raises FileNotFoundError, or ValueError for a file of another kind.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    if not path.is_file():
+        raise FileNotFoundError(f"no checkpoint at {path}")
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+            weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, not a dict
+    except SafetensorError as error:
+        raise ValueError(f"{path} is not a safetensors file ({error})") from None
+    if METADATA_KEY not in metadata:
+        raise ValueError(
+            f"{path} does not say which variant and classes it holds; `fastalex train` writes files that do"
+        )
+    try:
+        card = ModelCard.from_json(metadata[METADATA_KEY])
+        model = card.build()
+        model.load_state_dict(weights)
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"{path} was written by another version of fastalex or is damaged: {error}") from error
+    return model.eval(), card
+
+
+def save_state(path: Path, **state: Any) -> None:
+    with replacing(path) as temporary:
+        torch.save(state, temporary)
+
+
+def load_state(path: Path) -> dict[str, Any]:
+    """What `save_state` wrote.  Raises FileNotFoundError where there is nothing to go on from."""
+    if not path.is_file():
+        raise FileNotFoundError(f"nothing to resume: no {path}")
+    state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    return state
