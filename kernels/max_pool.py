@@ -21,6 +21,8 @@ Pair = tuple[int, int]
 
 # One warp a program where rows are walked: a warp-wide test or sum then needs no shared memory.
 WARP = 32
+# Vectors of channels, pixels or codes a program where nothing crosses threads: one per thread of four warps.
+LANES = 128
 # Programs that fill any GPU here several times over (132 processors x 32 warps x 4); fewer would idle at the end.
 MANY_PROGRAMS = 16384
 # Walking more rows than this saves nothing more: the per-program prologue is 40 of about 165 instructions a row.
@@ -821,8 +823,7 @@ def max_pool_fwd(
             x, y, code_out, n * oh, per_program, **sizes, **window.constants, **kinds, V=WARP, num_warps=1
         )
     else:
-        lanes = 128
-        max_pool_fwd_kernel[(n * triton.cdiv(oh * ow * c // vec, lanes),)](
+        max_pool_fwd_kernel[(n * triton.cdiv(oh * ow * c // vec, LANES),)](
             x,
             y,
             code_out,
@@ -832,7 +833,7 @@ def max_pool_fwd(
             **kinds,
             CHANNELS_LAST=channels_last,
             VEC=vec,
-            V=lanes,
+            V=LANES,
             num_warps=4,
         )
     return y, out
@@ -888,14 +889,13 @@ def max_pool_bwd(
     sizes = {"H": h, "W": w, "OH": oh, "OW": ow, "C": c}
     if window.is_3x3_stride_2 and vec >= 4 and window.inside((h, w), (oh, ow)):
         return bwd_3x3s2(grad, codes, dx, sizes, vec, bias_partials)
-    lanes = 128
     if window.is_3x3_stride_2 and not channels_last and window.inside((h, w), (oh, ow)):
         items = c * triton.cdiv(h, 2) * triton.cdiv(w, 2)
-        max_pool_bwd_3x3s2_plane_kernel[(n * triton.cdiv(items, lanes),)](
-            grad, codes, dx, **sizes, ASM=use_asm(), V=lanes, num_warps=4
+        max_pool_bwd_3x3s2_plane_kernel[(n * triton.cdiv(items, LANES),)](
+            grad, codes, dx, **sizes, ASM=use_asm(), V=LANES, num_warps=4
         )
     else:
-        max_pool_bwd_kernel[(n * triton.cdiv(h * w * c // vec, lanes),)](
+        max_pool_bwd_kernel[(n * triton.cdiv(h * w * c // vec, LANES),)](
             grad,
             codes,
             dx,
@@ -904,7 +904,7 @@ def max_pool_bwd(
             **window.padding_constants,
             CHANNELS_LAST=channels_last,
             VEC=vec,
-            V=lanes,
+            V=LANES,
             num_warps=4,
         )
     return (dx, dx.sum((0, 2, 3), dtype=torch.float32)[None]) if bias_partials else dx
@@ -964,8 +964,7 @@ def max_pool_indices(
     indices = torch.empty(codes.shape, dtype=torch.int64, device=codes.device, memory_format=layout)
     n, c, oh, ow = codes.shape
     if indices.numel() > 0:
-        lanes = 256
-        max_pool_indices_kernel[(n * triton.cdiv(c * oh * ow, lanes),)](
+        max_pool_indices_kernel[(n * triton.cdiv(c * oh * ow, LANES),)](
             codes,
             indices,
             W=input_size[1],
@@ -975,7 +974,7 @@ def max_pool_indices(
             **window.constants,
             **window.padding_constants,
             CHANNELS_LAST=layout == torch.channels_last,
-            V=lanes,
+            V=LANES,
             num_warps=4,
         )
     return indices
