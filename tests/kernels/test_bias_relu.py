@@ -272,5 +272,5 @@ def test_compiled_code():
             assert "ld.global.v4.b32" in build["ptx"]
             assert "st.global.v4.b32" in build["ptx"]
         offsets = [line for line in build["ttir"].splitlines() if "tt.addptr" in line and "xi64>" in line]
-        # the load and the store of z
-        assert len(offsets) >= 2
+        # of z, shared by its load and its store
+        assert offsets
