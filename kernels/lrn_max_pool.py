@@ -530,7 +530,7 @@ class ForwardConfig:
 
     columns, rows: of the output, per item.  2 * columns + 1 of 2 * columns pixels are computed, and likewise for the
     rows, so large items compute little twice (fp16 on sm_90: 20, 17, 16 instructions per element with 1, 2, 3
-    columns), but hold more in registers (54, 72, 132).
+    columns), but hold more in registers (54, 72, 112).
     """
 
     columns: int
