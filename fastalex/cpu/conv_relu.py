@@ -53,25 +53,6 @@ def conv_relu_fwd(
     )
 
 
-@torch.no_grad()
-def conv_relu_bwd(
-    grad: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    y: Tensor,
-    stride: Sizes,
-    padding: Sizes,
-    dilation: Sizes,
-    groups: int,
-    needs: list[bool],
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """The gradients of (x, weight, bias), None where `needs` says no, from the gradient of `conv_relu_fwd`'s output y."""
-    grad = torch.ops.aten.threshold_backward(grad, y, 0)
-    return torch.ops.aten.convolution_backward(
-        grad, x, weight, [weight.shape[0]], stride, padding, dilation, False, [0, 0], groups, needs
-    )
-
-
 class Geometry(NamedTuple):
     """What oneDNN's choice of a weight layout depends on."""
 

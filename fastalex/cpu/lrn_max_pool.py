@@ -45,7 +45,7 @@ def lrn_max_pool_fwd(
     after_relu: bool = False,
     codes: bool = True,
 ) -> tuple[Tensor, Tensor | None]:
-    """max_pool(lrn(x)): (N, C, H, W) -> (N, C, OH, OW), and the int8 window codes if asked for, in x's memory format."""
+    """max_pool(lrn(x)): (N, C, H, W) -> (N, C, OH, OW) and, with `codes`, the int8 window codes; x's memory format."""
     x = dense(x)
     images, channels, height, width = x.shape
     windows = Windows((height, width), KERNEL_SIZE, STRIDE)

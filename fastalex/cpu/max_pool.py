@@ -142,7 +142,7 @@ def channels_last_scratch(name: str, shape: tuple[int, ...] | torch.Size, dtype:
 
 
 class Windows:
-    """All windows over planes of one size.  `output_size` is worked out by PyTorch unless given."""
+    """All windows over planes of one size; `output_size`, where it is given, says what `ceil_mode` was."""
 
     def __init__(
         self,
@@ -155,10 +155,15 @@ class Windows:
         *,
         output_size: Pair | None = None,
     ) -> None:
+        plane = torch.empty(1, 1, *input_size, device="meta")
+        without_ceil = tuple(torch.max_pool2d(plane, kernel_size, stride, padding, dilation, False).shape[2:])
+        if output_size is not None:
+            ceil_mode = output_size != without_ceil
+        elif ceil_mode:
+            output_size = tuple(torch.max_pool2d(plane, kernel_size, stride, padding, dilation, True).shape[2:])
+        else:
+            output_size = without_ceil
         self.arguments = kernel_size, stride, padding, dilation, ceil_mode
-        if output_size is None:
-            plane = torch.empty(1, 1, *input_size, device="meta")
-            output_size = tuple(torch.max_pool2d(plane, *self.arguments).shape[2:])
         self.output_size = output_size
         self.width = input_size[1]
         self.tables = _tables(self.width, output_size, kernel_size, stride, padding, dilation)
