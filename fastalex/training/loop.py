@@ -66,9 +66,10 @@ def train(
     schedule = make_schedule(optimizer, recipe, steps)
     scaler = torch.amp.GradScaler(device.type, enabled=amp == "fp16")
     history: list[Epoch] = []
+    described = json.dumps(dataclasses.asdict(recipe))  # plain text: torch.load(weights_only=True) knows no named tuples
     if resume:
         state = load_state(folder / STATE)
-        if state["recipe"] != dataclasses.asdict(recipe):
+        if state["recipe"] != described:
             raise ValueError(f"{folder} was trained with another recipe: {state['recipe']}")
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
@@ -102,7 +103,7 @@ def train(
         save_model(folder / MODEL, model, card)
         save_state(
             folder / STATE,
-            recipe=dataclasses.asdict(recipe),
+            recipe=described,
             model=model.state_dict(),
             optimizer=optimizer.state_dict(),
             schedule=schedule.state_dict(),
