@@ -181,11 +181,10 @@ def pair_fma(a, b, c, BF16: tl.constexpr):
 
 @triton.jit
 def pair_below(x, negated_best, BF16: tl.constexpr):
-    """0xffff in each half of the word where x < best, 0 where x == best (zeros of either sign, infinities).
+    """0xffff in each half of the word where x < best, 0 where x == best (zeros of either sign too), best finite.
 
     The sign of x - best, spread over its half.  The difference of distinct numbers never rounds to zero; that of
-    equal numbers is +0 as long as no zero is subtracted from -0 (see pair_negated), that of equal infinities is the
-    canonical NaN, whose sign bit is 0.
+    equal numbers is +0 as long as no zero is subtracted from -0 (see pair_negated).
     """
     ones = tl.full(x.shape, 0x3F803F80 if BF16 else 0x3C003C00, tl.int32)  # 1.0 in each half
     return spread_sign(pair_fma(x, ones, negated_best, BF16))
@@ -206,11 +205,16 @@ def low_bytes(a, b):
 
 
 @triton.jit
-def pair_nan(x, BF16: tl.constexpr):
-    """The top bit of each half of the word is set where that 16-bit float is NaN."""
-    # largest finite or infinite magnitude + this = 0x7fff: only NaN reaches the top bit, and none overflows it
-    margin: tl.constexpr = 0x007F007F if BF16 else 0x03FF03FF
-    return ((x & 0x7FFF7FFF) + margin) & -0x7FFF8000
+def pair_reaches(x, MAGNITUDE: tl.constexpr):
+    """The top bit of each half of the word is set where that 16-bit float, its sign apart, has at least these bits."""
+    return ((x & 0x7FFF7FFF) + (0x8000 - MAGNITUDE) * 0x10001) & -0x7FFF8000
+
+
+@triton.jit
+def pair_differs(a, b):
+    """The top bit of each half of the word is set where the halves of a and b differ in any bit."""
+    difference = a ^ b
+    return (((difference & 0x7FFF7FFF) + 0x7FFF7FFF) | difference) & -0x7FFF8000
 
 
 @triton.jit
@@ -244,12 +248,14 @@ def max_pool_fwd_packed_kernel(
 
     First the maximum of the cells, then, from the last cell to the first, the code of each cell that equals it:
     four instructions for a cell of two channels (maximum, difference, spread sign, select), any sign.  NaN would
-    take twice that; a warp that meets one (a program is one warp, so the test is one `redux`) repairs its codes.
+    take twice that, and the difference of infinities is NaN: a warp that meets a maximum of either kind (a program
+    is one warp, so the test is one `redux`) repairs its codes.
     """
     CELLS: tl.constexpr = ROWS * COLUMNS
     CV: tl.constexpr = C // 8
     BLOCKS: tl.constexpr = (OW * CV + V - 1) // V
     BF16: tl.constexpr = x_ptr.dtype.element_ty == tl.bfloat16
+    INFINITY: tl.constexpr = 0x7F80 if BF16 else 0x7C00
     group = tl.program_id(0) // BLOCKS
     item = tl.minimum((tl.program_id(0) % BLOCKS) * V + tl.arange(0, V), OW * CV - 1)
     window = ((item // CV * (SW * CV) + item % CV) * 4)[:, None] + tl.arange(0, 4)
@@ -280,9 +286,14 @@ def max_pool_fwd_packed_kernel(
                 positive = pair_below(tl.zeros([V, 4], tl.int32), negated, BF16)
                 dead: tl.constexpr = ((1 << (ROWS + COLUMNS)) - 1) * 0x10001
                 codes = (positive & codes) | (~positive & dead)
-            if tl.reduce(tl.reduce(pair_nan(best, BF16), 1, bitwise_or), 0, bitwise_or) != 0:
+            infinite = pair_reaches(best, INFINITY)
+            if tl.reduce(tl.reduce(infinite, 1, bitwise_or), 0, bitwise_or) != 0:
+                infinite = spread_sign(infinite)
+                for k in tl.static_range(CELLS - 1, -1, -1):
+                    equal = infinite & ~spread_sign(pair_differs(cells[k], best))
+                    codes = (equal & cell_code(k // COLUMNS, k % COLUMNS, ROWS, COLUMNS) * 0x10001) | (~equal & codes)
                 for k in tl.static_range(CELLS):
-                    nan = spread_sign(pair_nan(cells[k], BF16))
+                    nan = spread_sign(pair_reaches(cells[k], INFINITY + 1))
                     codes = (nan & cell_code(k // COLUMNS, k % COLUMNS, ROWS, COLUMNS) * 0x10001) | (~nan & codes)
             c01, c23, c45, c67 = unpack(codes, 4)
             words = pack((low_bytes(c01, c23), low_bytes(c45, c67)), 2)
