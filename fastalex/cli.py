@@ -206,8 +206,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
             args=arguments,
         )
     except ModuleNotFoundError as error:
-        if error.name not in EXTRAS:
+        package = (error.name or "").partition(".")[0]
+        if package not in EXTRAS:
             raise
-        fail(f"this command needs {error.name}: pip install 'fastalex[cli]'")
+        fail(f"this command needs {package}: pip install 'fastalex[cli]'")
     except (OSError, ValueError, FloatingPointError) as error:
         fail(error)

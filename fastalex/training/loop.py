@@ -66,7 +66,8 @@ def train(
     schedule = make_schedule(optimizer, recipe, steps)
     scaler = torch.amp.GradScaler(device.type, enabled=amp == "fp16")
     history: list[Epoch] = []
-    described = json.dumps(dataclasses.asdict(recipe))  # plain text: torch.load(weights_only=True) knows no named tuples
+    # as text, because torch.load(weights_only=True) refuses the named tuples in a recipe
+    described = json.dumps(dataclasses.asdict(recipe))
     if resume:
         state = load_state(folder / STATE)
         if state["recipe"] != described:

@@ -1,0 +1,182 @@
+"""The command line as a newcomer meets it: help, one-line errors, and a round trip from training to prediction."""
+
+import subprocess
+import sys
+from typing import get_args, get_type_hints
+
+import pytest
+
+pytest.importorskip("tyro")
+pytest.importorskip("torchvision")
+
+from PIL import Image
+
+from fastalex import cli
+from fastalex.alexnet import VARIANTS
+from fastalex.data import fashion_mnist
+from fastalex.training import recipes
+
+
+def error_of(capsys, *arguments):
+    """The message on stderr of a command that must fail with exit code 2."""
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(arguments)
+    assert stopped.value.code == 2
+    message = capsys.readouterr().err
+    assert message.startswith("fastalex: error: ")
+    assert message.count("\n") == 1
+    return message
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A run of one epoch over the whole set."""
+    folder = tmp_path_factory.mktemp("run")
+    cli.main(["train", "--out", str(folder), "--epochs", "1", "--batch-size", "100", "--device", "cpu"])
+    return folder
+
+
+@pytest.fixture
+def picture(tmp_path):
+    path = tmp_path / "shoe.png"
+    Image.fromarray(fashion_mnist.load("test").images[-1]).resize((300, 200)).save(path)
+    return path
+
+
+@pytest.mark.parametrize("command", [[], ["demo"], ["train"], ["eval"], ["predict"]])
+def test_help(command, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        cli.main([*command, "--help"])
+    assert stopped.value.code == 0
+    text = capsys.readouterr().out
+    assert f"usage: fastalex {' '.join(command)}".strip() in text
+    if not command:
+        assert all(name in text for name in cli.COMMANDS)
+
+
+def test_python_m_fastalex():
+    done = subprocess.run([sys.executable, "-m", "fastalex", "--help"], capture_output=True, text=True)
+    assert done.returncode == 0
+    assert "predict" in done.stdout
+
+
+def test_wrong_argument_ends_with_2():
+    done = subprocess.run(
+        [sys.executable, "-m", "fastalex", "train", "--epochs", "many"], capture_output=True, text=True
+    )
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+
+
+def test_every_variant_can_be_trained():
+    assert get_args(get_type_hints(cli.train)["variant"]) == ("demo", *VARIANTS)
+
+
+def test_help_states_the_recipes_defaults():
+    text = " ".join(cli.train.__doc__.split())
+    demo, paper = recipes.DEMO_RECIPE, recipes.PAPER_RECIPE
+    assert f'by default {demo.epochs} for "demo", {paper.epochs} for the others' in text
+    assert f'by default {demo.batch_size} for "demo", {paper.batch_size} for the others' in text
+    assert f'by default {demo.lr} for "demo", {paper.lr} for the others' in text
+
+
+def test_train_eval_predict(trained, picture, capsys):
+    weights = str(trained / "model.safetensors")
+    cli.main(["eval", "--weights", weights, "--device", "cpu"])
+    assert "top-1" in capsys.readouterr().out
+    cli.main(["predict", str(picture), "--weights", weights, "--top", "2", "--device", "cpu"])
+    text = capsys.readouterr().out
+    assert "guess 2" in text
+    assert "guess 3" not in text
+    assert "%" in text
+
+
+def test_an_existing_run_is_not_overwritten(trained, capsys):
+    assert "--resume" in error_of(capsys, "train", "--out", str(trained))
+
+
+def test_resume_of_a_finished_run_keeps_it(trained, capsys):
+    before = (trained / "metrics.jsonl").read_text()
+    cli.main(["train", "--out", str(trained), "--epochs", "1", "--batch-size", "100", "--resume", "--device", "cpu"])
+    assert (trained / "metrics.jsonl").read_text() == before
+
+
+def test_missing_picture(trained, capsys):
+    weights = str(trained / "model.safetensors")
+    assert "no such file: nothing.jpg" in error_of(capsys, "predict", "nothing.jpg", "--weights", weights)
+
+
+def test_not_an_image(trained, capsys, tmp_path):
+    path = tmp_path / "text.jpg"
+    path.write_text("this is text")
+    weights = str(trained / "model.safetensors")
+    assert f"{path} is not an image" in error_of(capsys, "predict", str(path), "--weights", weights)
+
+
+def test_missing_checkpoint(capsys, picture, tmp_path):
+    weights = str(tmp_path / "model.safetensors")
+    assert f"no checkpoint at {weights}" in error_of(capsys, "predict", str(picture), "--weights", weights)
+    assert "nothing.pth" in error_of(capsys, "predict", str(picture), "--weights", "nothing.pth")
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "model.pth"])
+def test_wrong_checkpoint(name, capsys, picture, tmp_path):
+    path = tmp_path / name
+    path.write_bytes(b"not a checkpoint")
+    assert name in error_of(capsys, "predict", str(picture), "--weights", str(path))
+
+
+def test_classes_without_names(capsys, picture, tmp_path):
+    import torch
+
+    from fastalex import AlexNet
+
+    path = tmp_path / "seven.pth"
+    torch.save(AlexNet(7, variant="torchvision").state_dict(), path)
+    assert "7 classes and no names" in error_of(capsys, "predict", str(picture), "--weights", str(path))
+
+
+def test_other_classes_than_the_checkpoint(trained, capsys, tmp_path):
+    for name in ("cat", "dog"):
+        (tmp_path / "val" / name).mkdir(parents=True)
+        Image.new("RGB", (80, 80)).save(tmp_path / "val" / name / "0.png")
+    message = error_of(
+        capsys, "eval", "--weights", str(trained / "model.safetensors"), "--data", str(tmp_path), "--workers", "0"
+    )
+    assert "10 classes" in message
+    assert "have 2" in message
+
+
+def test_missing_folder(capsys, tmp_path):
+    message = error_of(capsys, "train", "--data", str(tmp_path / "nowhere"), "--out", str(tmp_path / "out"))
+    assert "nowhere/train" in message
+
+
+def test_unknown_device(trained, capsys):
+    assert "--device abacus" in error_of(
+        capsys, "eval", "--weights", str(trained / "model.safetensors"), "--device", "abacus"
+    )
+
+
+@pytest.mark.parametrize("missing", ["tyro", "rich", "safetensors"])
+def test_a_missing_extra_names_the_remedy(missing):
+    script = (
+        f"import sys; sys.modules[{missing!r}] = None; from fastalex.cli import main;"
+        f"main(['eval', '--weights', 'x.safetensors'])"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.strip().endswith("pip install 'fastalex[cli]'")
+    assert missing in done.stderr
+
+
+def test_published_checkpoint_is_understood(capsys, picture, tmp_path):
+    """A .pth file with torchvision's parameters and 1000 classes gets ImageNet's names."""
+    import torch
+
+    from fastalex import AlexNet
+
+    path = tmp_path / "alexnet.pth"
+    torch.save(AlexNet(variant="torchvision").state_dict(), path)
+    cli.main(["predict", str(picture), "--weights", str(path), "--device", "cpu"])
+    assert "guess 5" in capsys.readouterr().out

@@ -1,0 +1,127 @@
+"""What is built and installed, and what an import costs."""
+
+import os
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+# what only the command line, the kernels or a picture need
+HEAVY = ("PIL", "matplotlib", "rich", "safetensors", "torchvision", "triton", "tyro")
+
+
+def python(script, *arguments, cwd=None, **environment):
+    command = [sys.executable, "-c", script, *arguments]
+    done = subprocess.run(
+        command, capture_output=True, text=True, cwd=cwd or ROOT, env={**os.environ, **environment}, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def test_import_brings_in_nothing_heavy():
+    """Compared with `import torch` alone, since torch itself may load some of these."""
+    loaded = "import sys, {}; print(*sorted({{n.partition('.')[0] for n in sys.modules}}))"
+    extra = set(python(loaded.format("fastalex")).split()) - set(python(loaded.format("torch")).split())
+    assert "fastalex" in extra
+    assert not extra & set(HEAVY)
+
+
+def test_import_forward_and_backward_without_triton():
+    script = """
+import sys
+class NoTriton:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] == "triton":
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+sys.meta_path.insert(0, NoTriton())
+import torch, fastalex
+model = fastalex.AlexNet(10)
+model(torch.randn(1, 3, 224, 224)).sum().backward()
+assert all(p.grad is not None for p in model.parameters())
+assert "triton" not in sys.modules
+print(fastalex.HAS_TRITON)
+"""
+    assert python(script) == "False"
+
+
+@pytest.mark.parametrize("missing", ["safetensors", "tyro", "rich", "torchvision", "matplotlib", "PIL"])
+def test_import_without_the_command_lines_packages(missing):
+    python(f"import sys; sys.modules[{missing!r}] = None; import fastalex; fastalex.AlexNet(2, variant='torchvision')")
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    """A source distribution, and the wheel built from it."""
+    pytest.importorskip("build")
+    folder = tmp_path_factory.mktemp("dist")
+    command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(folder), str(ROOT)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (wheel,), (sdist,) = folder.glob("*.whl"), folder.glob("*.tar.gz")
+    return wheel, sdist
+
+
+def kernel_files():
+    return {f"fastalex/kernels/{file.name}" for file in (ROOT / "kernels").glob("*.py")}
+
+
+@pytest.mark.slow
+def test_wheel_holds_real_kernels_and_no_package_of_that_name(built):
+    with zipfile.ZipFile(built[0]) as wheel:
+        names = set(wheel.namelist())
+        assert kernel_files() <= names
+        assert all(wheel.getinfo(name).external_attr >> 28 != 0o12 for name in names), "a symbolic link"
+        assert wheel.read("fastalex/kernels/registers.py") == (ROOT / "kernels/registers.py").read_bytes()
+    top = {name.partition("/")[0] for name in names}
+    assert {name for name in top if not name.endswith(".dist-info")} == {"fastalex"}
+
+
+@pytest.mark.slow
+def test_wheel_holds_the_pictures_and_their_notice(built):
+    with zipfile.ZipFile(built[0]) as wheel:
+        names = wheel.namelist()
+        assert wheel.getinfo("fastalex/data/fashion_mnist/pictures.xz").compress_size < 2_500_000
+    assert "fastalex/data/fashion_mnist/LICENSE" in names
+    assert "fastalex/py.typed" in names
+    assert built[0].stat().st_size < 3_000_000
+
+
+@pytest.mark.slow
+def test_sdist_holds_real_kernels(built):
+    with tarfile.open(built[1]) as sdist:
+        members = {member.name.partition("/")[2]: member for member in sdist.getmembers()}
+    assert kernel_files() <= set(members)
+    assert all(members[name].isfile() for name in kernel_files())
+
+
+@pytest.mark.slow
+def test_installed_wheel_leaves_another_kernels_package_alone(built, tmp_path):
+    """Hugging Face's package of kernels is called `kernels` too."""
+    site = tmp_path / "site"
+    (site / "kernels").mkdir(parents=True)
+    (site / "kernels" / "__init__.py").write_text("owner = 'somebody else'")
+    with zipfile.ZipFile(built[0]) as wheel:
+        wheel.extractall(site)
+    script = """
+import fastalex, kernels, pathlib
+from fastalex.data import fashion_mnist
+from fastalex.kernels import window_code
+assert kernels.owner == "somebody else"
+assert len(fashion_mnist.load("test").images) == 1000
+print(pathlib.Path(fastalex.__file__).parent.parent)
+"""
+    assert python(script, cwd=tmp_path, PYTHONPATH=str(site)) == str(site)
+
+
+def test_checkout_leaves_another_kernels_package_alone(tmp_path):
+    """Also with the repository first on the path: its `kernels/` has no __init__.py, and a real package wins."""
+    (tmp_path / "kernels").mkdir()
+    (tmp_path / "kernels" / "__init__.py").write_text("owner = 'somebody else'")
+    script = "import sys; sys.path[:0] = sys.argv[1:]; import fastalex, kernels; print(kernels.owner)"
+    assert python(script, str(ROOT), str(tmp_path)) == "somebody else"
