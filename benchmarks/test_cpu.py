@@ -63,7 +63,7 @@ def test_lrn_forward_backward(shape: tuple[int, ...], paired: Any) -> None:
 @pytest.mark.benchmark(group="relu-lrn-pool")
 @pytest.mark.parametrize("shape", SHAPES, ids=IDS)
 def test_relu_lrn_max_pool_forward_backward(shape: tuple[int, ...], paired: Any) -> None:
-    """Ours takes the mask of the ReLU from the codes, and has a ReLU of its own where the model has the convolution's."""
+    """Ours takes the mask of the ReLU from the codes; its own ReLU stands for the convolution's."""
     x = activation(shape)
 
     def eager(x: Tensor) -> Tensor:
@@ -84,14 +84,15 @@ class Eager(nn.Module):
     def __init__(self, model: fastalex.AlexNet) -> None:
         super().__init__()
         self.convs = nn.ModuleList()
-        for ours in (m for m in model.features if isinstance(m, nn.Conv2d)):
+        layers: list[Any] = [m for m in model.features if isinstance(m, nn.Conv2d)]
+        for ours in layers:
             conv = nn.Conv2d(
                 ours.in_channels, ours.out_channels, ours.kernel_size, ours.stride, ours.padding, groups=ours.groups
             )
             conv.load_state_dict(ours.state_dict())
             self.convs.append(conv.to(memory_format=torch.channels_last))
         self.linears = nn.ModuleList(copy.deepcopy(m) for m in model.classifier if isinstance(m, nn.Linear))
-        self.dropout = next(m.p for m in model.classifier if hasattr(m, "p") and m.p)
+        self.dropout = 0.5
         self.layers = model.variant.convs
 
     def forward(self, x: Tensor) -> Tensor:
@@ -102,7 +103,8 @@ class Eager(nn.Module):
             if layer.pool:
                 x = F.max_pool2d(x, layer.pool, layer.pool_stride)
         x = x.flatten(1)
-        for linear in self.linears[:-1]:
+        hidden: list[Any] = list(self.linears[:-1])
+        for linear in hidden:
             x = F.dropout(torch.relu_(F.linear(x, linear.weight, linear.bias)), self.dropout, self.training)
         return self.linears[-1](x)
 

@@ -8,7 +8,7 @@ before is kept in oneDNN's blocked layout: inference then reorders it once inste
 from __future__ import annotations
 
 import weakref
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -90,11 +90,9 @@ def packed(weight: Tensor, geometry: Geometry) -> Tensor:
         return weight
     if entry.packed is None:
         _, stride, padding, dilation, groups = geometry
-        entry = entry._replace(
-            packed=torch._C._nn.mkldnn_reorder_conv2d_weight(
-                weight.contiguous().to_mkldnn(), padding, stride, dilation, groups, geometry.input_shape
-            )
-        )
+        reorder: Any = torch._C._nn.mkldnn_reorder_conv2d_weight  # its stub has other arguments
+        blocked = reorder(weight.contiguous().to_mkldnn(), padding, stride, dilation, groups, geometry.input_shape)
+        entry = entry._replace(packed=blocked)
         _entries[key] = entry
     assert entry.packed is not None
     return entry.packed

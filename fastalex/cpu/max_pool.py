@@ -48,7 +48,7 @@ def max_pool_fwd(
         y = torch.max_pool2d(x, kernel_size, stride, padding, dilation, ceil_mode)
         return y, torch.empty_like(y, dtype=torch.int8) if codes else None
 
-    windows = Windows(tuple(x.shape[2:]), kernel_size, stride, padding, dilation, ceil_mode)
+    windows = Windows(plane_of(x), kernel_size, stride, padding, dilation, ceil_mode)
     images, channels = x.shape[:2]
     y = empty_in_layout_of(x, images, channels, *windows.output_size)
     found = torch.empty_like(y, dtype=torch.int8) if codes else None
@@ -86,7 +86,7 @@ def max_pool_bwd(
         dx.zero_()
         return (dx, partials) if bias_partials else dx
 
-    windows = Windows(input_size, kernel_size, stride, padding, dilation, output_size=tuple(codes.shape[2:]))
+    windows = Windows(input_size, kernel_size, stride, padding, dilation, output_size=plane_of(codes))
     step = images_per_block(channels * input_size[0] * input_size[1])
     for first in range(0, images, step):
         block = slice(first, first + step)
@@ -108,9 +108,14 @@ def max_pool_indices(
     codes = dense(codes)
     indices = torch.empty_like(codes, dtype=torch.int64)
     if codes.numel():
-        windows = Windows(input_size, kernel_size, stride, padding, dilation, output_size=tuple(codes.shape[2:]))
+        windows = Windows(input_size, kernel_size, stride, padding, dilation, output_size=plane_of(codes))
         windows.decode(codes, indices)
     return indices
+
+
+def plane_of(x: Tensor) -> Pair:
+    """Height and width."""
+    return x.shape[2], x.shape[3]
 
 
 def images_per_block(elements: int) -> int:
@@ -156,15 +161,17 @@ class Windows:
         output_size: Pair | None = None,
     ) -> None:
         plane = torch.empty(1, 1, *input_size, device="meta")
-        without_ceil = tuple(torch.max_pool2d(plane, kernel_size, stride, padding, dilation, False).shape[2:])
-        if output_size is not None:
-            ceil_mode = output_size != without_ceil
-        elif ceil_mode:
-            output_size = tuple(torch.max_pool2d(plane, kernel_size, stride, padding, dilation, True).shape[2:])
+
+        def pooled(ceil_mode: bool) -> Pair:
+            height, width = torch.max_pool2d(plane, kernel_size, stride, padding, dilation, ceil_mode).shape[2:]
+            return height, width
+
+        if output_size is None:
+            output_size = pooled(ceil_mode)
         else:
-            output_size = without_ceil
+            ceil_mode = output_size != pooled(False)
         self.arguments = kernel_size, stride, padding, dilation, ceil_mode
-        self.output_size = output_size
+        self.output_size: Pair = output_size
         self.width = input_size[1]
         self.tables = _tables(self.width, output_size, kernel_size, stride, padding, dilation)
 
@@ -188,7 +195,7 @@ class Windows:
                 target_codes.bitwise_or_(flags.mul_(window_code.dead(*self.arguments[0])))
         if target is not y:
             y.copy_(target)
-            if codes is not None:
+            if codes is not None and target_codes is not None:
                 codes.copy_(target_codes)
 
     def encode(self, indices: Tensor, codes: Tensor) -> None:

@@ -87,13 +87,14 @@ def test_empty_batch():
     assert y.shape == (0, 4, 3, 3)
 
 
-@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("path", ["fused", "addmv", "plain"])
 @pytest.mark.parametrize("relu", [True, False])
 @pytest.mark.parametrize("with_bias", [True, False])
 @pytest.mark.parametrize("rows", [0, 1, 7])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
-def test_linear(dtype, rows, with_bias, relu, fused, monkeypatch):
-    if not fused:
+def test_linear(dtype, rows, with_bias, relu, path, monkeypatch):
+    monkeypatch.setattr(linear, "prefers_addmv", lambda: path == "addmv")
+    if path == "plain":
         monkeypatch.setattr(linear, "has_fused_linear", lambda: False)
     x, weight = torch.randn(rows, 20).to(dtype), torch.randn(9, 20).to(dtype)
     bias = torch.randn(9).to(dtype) if with_bias else None
