@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-# Elements per operation.  On one thread, LRN forward took 9 to 22 % longer with 32768 and 45 to 90 % longer with 8192,
+# Elements per operation.  On one thread, LRN forward took 9 to 22 % longer with 32768 and 48 to 98 % longer with 8192,
 # because an operation costs 2 us for its call.
 ONE_THREAD = 98304
 # at::internal::GRAIN_SIZE is 32768: an elementwise operation on fewer elements runs on the calling thread.
