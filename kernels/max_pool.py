@@ -500,9 +500,11 @@ def max_pool_bwd_3x3s2_kernel(
         tl.store(pixels + (W * C + C), pack(p11, VEC).to(dtype), mask=second_row & second_column)
     if PARTIALS:
         row = (group * BLOCKS_W + block // BLOCKS_C).to(tl.int64)
-        channel = (block % BLOCKS_C * LANES_C + tl.arange(0, LANES_C)) * VEC
-        column_sum = tl.sum(tl.reshape(total, [COLUMNS, LANES_C, VEC]), 0)
-        tl.store(partials_ptr + row * C + channel[:, None] + vector, column_sum)
+        # every lane gets its channel's sum and the first column stores it: no change of layout, so no shared memory
+        sums = tl.sum(tl.reshape(total, [COLUMNS, LANES_C, VEC]), 0, keep_dims=True)
+        sums = tl.reshape(tl.broadcast_to(sums, [COLUMNS, LANES_C, VEC]), [V, VEC])
+        partial = row * C + (cv * VEC)[:, None] + vector
+        tl.store(partials_ptr + partial, sums, mask=(lane < LANES_C)[:, None])
 
 
 @triton.jit
@@ -817,7 +819,6 @@ def max_pool_fwd(
     layout = memory_format(x)
     x = aligned(x.contiguous(memory_format=layout))
     y = torch.empty((n, c, oh, ow), dtype=x.dtype, device=x.device, memory_format=layout)
-    # the kernels' unused code pointer needs some tensor
     out = torch.empty((n, c, oh, ow), dtype=torch.int8, device=x.device, memory_format=layout) if codes else None
     if y.numel() == 0:
         return y, out
@@ -825,6 +826,7 @@ def max_pool_fwd(
     vec = channels_per_access(x) if channels_last else 1
     sizes = {"H": h, "W": w, "OH": oh, "OW": ow, "C": c}
     kinds = {"CODES": codes, "AFTER_RELU": after_relu}
+    # a kernel that writes no codes still takes a pointer
     code_out = y if out is None else out
     cells = window.kernel_size[0] * window.kernel_size[1]
     if vec == 8 and cells <= MAX_UNROLLED.value and window.inside((h, w), (oh, ow)) and use_asm():

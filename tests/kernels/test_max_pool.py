@@ -210,12 +210,10 @@ def test_the_smallest_differences_count():
 
 @pytest.mark.parametrize("channels", [1, 3, 8, 24, 96, 100, 256])
 @layouts
-@pytest.mark.parametrize("dtype", [FP16, FP32], ids=["fp16", "fp32"])
+@pytest.mark.parametrize("dtype", [FP16, pytest.param(FP32, marks=pytest.mark.slow)], ids=["fp16", "fp32"])
 def test_channels(channels, layout, dtype):
-    size, *arguments = WINDOWS["3x3s2-odd-even"]
-    x = with_specials((2, channels, *size), dtype, layout)
-    codes = check_forward(max_pool, x, *arguments)
-    x = signed((2, channels, *size), dtype, layout)
+    arguments = WINDOWS["3x3s2-odd-even"][1:]
+    x = signed((2, channels, 5, 4), dtype, layout)
     codes = check_forward(max_pool, x, *arguments)
     check_backward(max_pool, x, *arguments, codes=codes, bias_partials=True)
 
@@ -299,7 +297,7 @@ class Launches:
         return lambda *args, **kwargs: None
 
 
-@pytest.mark.parametrize("per_program", [1, 2, 3, 100])
+@pytest.mark.parametrize("per_program", [1, 3, 100])
 @pytest.mark.parametrize("partials", [False, True])
 def test_rows_per_program_do_not_matter(per_program, partials, monkeypatch):
     """One program may walk any number of rows, across images; the partial sums then have fewer rows."""
@@ -571,10 +569,10 @@ def suite(module):
     for window, layout, dtype in [
         ("3x3s2-odd", NHWC, FP16),
         ("3x3s2-even", NCHW, FP32),
-        ("5x5-dilated", NCHW, FP16),
         ("3x3s2-padded", NHWC, FP16),
         ("2x2-dilated-padded", NHWC, FP16),
         ("4x3", NCHW, FP32),
+        ("5x5-dilated", NCHW, FP16),
     ]:
         size, *arguments = WINDOWS[window]
         x = with_specials((2, 8, *size), dtype, layout)
