@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
@@ -30,8 +31,8 @@ class ProgressBar(Watcher):
             BarColumn(),
             ThroughputColumn(),
             TimeElapsedColumn(),
-            TextColumn("left"),
             TimeRemainingColumn(),
+            TextColumn("left"),
             console=console,
             speed_estimate_period=20,
         )
@@ -72,8 +73,8 @@ def print_scores(scores: Scores, pictures: int) -> None:
 def print_predictions(pictures: Sequence[str], probabilities: Tensor, classes: Sequence[str], count: int = 5) -> None:
     """One row a picture: its name and its likeliest classes.  probabilities: (N, classes)."""
     top = probabilities.topk(min(count, len(classes)))
-    table = Table("picture", *(f"guess {place + 1}" for place in range(top.values.shape[1])))
+    table = Table("picture", f"the {top.values.shape[1]} likeliest classes")
     for picture, shares, indices in zip(pictures, top.values.tolist(), top.indices.tolist(), strict=True):
-        first, *others = (f"{share:.1%} {classes[i]}" for share, i in zip(shares, indices, strict=True))
-        table.add_row(picture, f"[bold]{first}[/]", *others)
+        first, *others = (f"{classes[i]} {share:.1%}" for share, i in zip(shares, indices, strict=True))
+        table.add_row(escape(picture), ", ".join([f"[bold]{escape(first)}[/]", *map(escape, others)]))
     console.print(table)
