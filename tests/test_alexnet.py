@@ -1,0 +1,256 @@
+"""The variants: parameters, wiring against torch.nn built by hand, weights in and out."""
+
+import copy
+import pickle
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import fastalex
+from fastalex.alexnet import TORCHVISION, VARIANTS, Conv, Variant, alexnet, fitting_variants
+from fastalex.functional import ResponseNorm
+
+PARAMETERS = {
+    "paper": 60_965_224,
+    "code2012": 60_965_224,
+    "torchvision": 61_100_840,
+    "bvlc_alexnet": 60_965_224,
+    "caffenet": 60_965_224,
+}
+
+
+def narrow(name: str) -> Variant:
+    """The variant with an eighth of the channels: the same wiring, fast enough for every test."""
+    variant = VARIANTS[name]
+    convs = tuple(Conv(**{**vars(c), "channels": c.channels // 8}) for c in variant.convs)
+    return Variant(**{**vars(variant), "name": f"narrow {name}", "convs": convs, "hidden": (64, 48)})
+
+
+def by_hand(model, x):
+    """The same network in torch.nn.functional, written out from the paper and from Caffe's prototxt files."""
+    variant = model.variant
+    convs = [m for m in model.features if isinstance(m, nn.Conv2d)]
+    linears = [m for m in model.classifier if isinstance(m, nn.Linear)]
+    alpha, k, groups = {
+        "paper": (5e-4, 2.0, 1),
+        "code2012": (1e-4, 2.0, 2),
+        "bvlc_alexnet": (1e-4, 1.0, 1),
+        "caffenet": (1e-4, 1.0, 1),
+        "torchvision": (0.0, 1.0, 1),
+    }[variant.name.removeprefix("narrow ")]
+
+    def norm(t):
+        if alpha == 0:
+            return t
+        return torch.cat([F.local_response_norm(h, 5, alpha, 0.75, k) for h in t.chunk(groups, 1)], 1)
+
+    name = variant.name.removeprefix("narrow ")
+    if name == "code2012":
+        x = F.pad(x, (0, 3, 0, 3))
+    for i, conv in enumerate(convs):
+        x = F.conv2d(x, conv.weight, conv.bias, conv.stride, conv.padding, 1, conv.groups)
+        if i in (2, 3):
+            x = F.relu(x)
+        elif i == 4:
+            x = F.max_pool2d(F.relu(x), 3, 2)
+        elif name == "code2012":
+            x = F.relu(F.max_pool2d(norm(x), 3, 2))
+        elif name == "caffenet":
+            x = norm(F.max_pool2d(F.relu(x), 3, 2, ceil_mode=True))
+        else:
+            x = F.max_pool2d(norm(F.relu(x)), 3, 2)
+    x = x.flatten(1)
+    for linear in linears[:2]:
+        x = F.relu(F.linear(x, linear.weight, linear.bias))
+    return F.linear(x, linears[2].weight, linears[2].bias)
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_parameter_count(name):
+    with torch.device("meta"):
+        model = fastalex.AlexNet(variant=name)
+    assert sum(p.numel() for p in model.parameters()) == PARAMETERS[name]
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+@pytest.mark.parametrize("name", VARIANTS)
+def test_wiring(name, backend):
+    """Outputs and gradients in float64 equal those of the network written by hand."""
+    model = fastalex.AlexNet(10, variant=narrow(name)).double().eval()
+    with torch.no_grad():  # large enough for LRN to matter
+        for p in model.parameters():
+            p.copy_(torch.randn_like(p) * (2.0 / max(p[0].numel(), 1)) ** 0.5)
+    x = torch.randn(2, 3, model.variant.crop, model.variant.crop, dtype=torch.float64) * 30
+    x.requires_grad_()
+    with fastalex.backend.use(backend):
+        output = model(x)
+        grads = torch.autograd.grad(output.square().sum(), [x, *model.parameters()])
+    expected = by_hand(model, x)
+    expected_grads = torch.autograd.grad(expected.square().sum(), [x, *model.parameters()])
+    torch.testing.assert_close(output, expected, rtol=1e-9, atol=1e-9 * expected.abs().max().item())
+    for grad, expected_grad in zip(grads, expected_grads, strict=True):
+        torch.testing.assert_close(grad, expected_grad, rtol=1e-8, atol=1e-10 * expected_grad.abs().max().item())
+
+
+def test_dropout_positions():
+    with torch.device("meta"):
+        paper, torchvision = (fastalex.AlexNet(variant=v, dropout=0.3).classifier for v in ("paper", "torchvision"))
+    assert (paper[1].p, paper[4].p, type(paper[0])) == (0.3, 0.3, nn.Identity)
+    assert (torchvision[0].p, torchvision[1].p, torchvision[4].p) == (0.3, 0.3, 0.0)
+
+
+def test_initialisation_of_the_paper():
+    model = fastalex.AlexNet(10, variant="paper")
+    convs = [m for m in model.features if isinstance(m, nn.Conv2d)]
+    linears = [m for m in model.classifier if isinstance(m, nn.Linear)]
+    assert [c.bias.unique().tolist() for c in convs] == [[0.0], [1.0], [0.0], [1.0], [1.0]]
+    assert [m.bias.unique().tolist() for m in linears] == [[1.0], [1.0], [0.0]]
+    for layer in convs + linears:
+        n = layer.weight.numel()
+        assert layer.weight.mean().abs() < 5 * 0.01 / n**0.5
+        assert layer.weight.std().item() == pytest.approx(0.01, abs=5 * 0.01 / (2 * n) ** 0.5)
+
+
+def test_torchvisions_weights_outputs_and_gradients():
+    torchvision = pytest.importorskip("torchvision")
+    theirs = torchvision.models.alexnet(num_classes=20).eval()
+    ours = fastalex.AlexNet(20, variant="torchvision").eval()
+    ours.load_state_dict(theirs.state_dict(), strict=True)
+    assert list(ours.state_dict()) == list(theirs.state_dict())
+    x = torch.randn(2, 3, 224, 224)
+    a, b = ours(x), theirs(x)
+    torch.testing.assert_close(a, b, rtol=0, atol=1e-5)
+    a.square().sum().backward()
+    b.square().sum().backward()
+    for (name, p), q in zip(ours.named_parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad, rtol=0, atol=1e-4 * q.grad.abs().max().item(), msg=name)
+
+
+def test_other_image_sizes_average_to_the_classifiers_size():
+    model = fastalex.AlexNet(4, variant=narrow("torchvision")).eval()
+    assert model(torch.randn(1, 3, 300, 260)).shape == (1, 4)
+
+
+def test_hooks_see_every_module_and_change_nothing():
+    model = fastalex.AlexNet(4, variant=narrow("paper")).eval()
+    x = torch.randn(1, 3, 224, 224)
+    expected = model(x)
+    shapes = {}
+    for name, module in model.features.named_children():
+        module.register_forward_hook(lambda m, i, o, name=name: shapes.update({name: tuple(o.shape)}))
+    torch.testing.assert_close(model(x), expected)
+    assert shapes["0"] == shapes["1"] == (1, 12, 55, 55)
+    assert shapes["2"] == (1, 12, 27, 27)
+    assert len(shapes) == len(model.features)
+
+
+def test_activations_are_channels_last():
+    model = fastalex.AlexNet(4, variant=narrow("paper"))
+    maps = model.features(torch.randn(2, 3, 224, 224))
+    assert maps.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_copies():
+    model = fastalex.AlexNet(4, variant=narrow("paper")).eval()
+    x = torch.randn(1, 3, 224, 224)
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(twin(x), model(x))
+
+
+def test_input_of_the_wrong_shape():
+    model = fastalex.AlexNet(4, variant=narrow("paper"))
+    with pytest.raises(ValueError, match=r"input must be \(N, 3, H, W\), got shape \(1, 1, 224, 224\)"):
+        model(torch.randn(1, 1, 224, 224))
+
+
+def test_unknown_variant():
+    with pytest.raises(ValueError, match=r"variant must be one of paper, code2012, .* got 'vgg'"):
+        fastalex.AlexNet(variant="vgg")
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """Narrow twins in the place of the variants, so that files of weights stay small."""
+    twins = {name: Variant(**{**vars(narrow(name)), "name": name}) for name in VARIANTS}
+    monkeypatch.setattr(sys.modules["fastalex.alexnet"], "VARIANTS", twins)
+    return twins
+
+
+def test_pth_round_trip(small, tmp_path):
+    model = fastalex.AlexNet(7, variant="torchvision")
+    torch.save(model.state_dict(), tmp_path / "weights.pth")
+    loaded = alexnet(tmp_path / "weights.pth")
+    assert loaded.variant.name == "torchvision"
+    assert loaded.num_classes == 7
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), loaded.parameters(), strict=True))
+
+
+def test_safetensors_round_trip_with_its_variant(small, tmp_path):
+    safetensors = pytest.importorskip("safetensors.torch")
+    model = fastalex.AlexNet(7, variant="bvlc_alexnet")
+    state = {key: value.contiguous() for key, value in model.state_dict().items()}
+    safetensors.save_file(state, tmp_path / "weights.safetensors", {"variant": "bvlc_alexnet"})
+    assert alexnet(tmp_path / "weights.safetensors").variant.name == "bvlc_alexnet"
+    with pytest.raises(ValueError, match='are of variant "bvlc_alexnet", not "paper"'):
+        alexnet(tmp_path / "weights.safetensors", variant="paper")
+
+
+def test_wrong_variant_is_named(small, tmp_path):
+    torch.save(fastalex.AlexNet(7, variant="torchvision").state_dict(), tmp_path / "weights.pth")
+    with pytest.raises(ValueError, match='fit variant "torchvision", not "paper"'):
+        alexnet(tmp_path / "weights.pth", variant="paper")
+
+
+def test_wrong_class_count_is_named(small, tmp_path):
+    torch.save(fastalex.AlexNet(7, variant="torchvision").state_dict(), tmp_path / "weights.pth")
+    with pytest.raises(ValueError, match=r"num_classes is 1000, but the weights .* have 7 classes"):
+        alexnet(tmp_path / "weights.pth", num_classes=1000)
+
+
+def test_weights_that_are_not_there():
+    with pytest.raises(FileNotFoundError, match=r"IMAGENET1K_V1, DEFAULT or an existing file, got 'nowhere\.pth'"):
+        alexnet("nowhere.pth")
+
+
+def test_pickled_code_is_not_run(tmp_path):
+    torch.save(nn.Linear(2, 2), tmp_path / "model.pth")
+    with pytest.raises(pickle.UnpicklingError):
+        alexnet(tmp_path / "model.pth")
+
+
+def test_weights_of_another_network(small, tmp_path):
+    torch.save(nn.Linear(2, 2).state_dict(), tmp_path / "weights.pth")
+    with pytest.raises(ValueError, match="fit no variant of AlexNet"):
+        alexnet(tmp_path / "weights.pth")
+
+
+def test_names_of_torchvisions_weights(monkeypatch):
+    torchvision = pytest.importorskip("torchvision")
+    with torch.device("meta"):
+        state = fastalex.AlexNet(variant="torchvision").state_dict()
+    asked = []
+    monkeypatch.setattr(torch.hub, "load_state_dict_from_url", lambda url, **kw: asked.append((url, kw)) or state)
+    from fastalex.alexnet import load_weights
+
+    weights = torchvision.models.AlexNet_Weights.IMAGENET1K_V1
+    for name in ("DEFAULT", "IMAGENET1K_V1", weights):
+        assert load_weights(name)[1] == "torchvision"
+    assert {url for url, _ in asked} == {weights.url}
+    assert all(kw["weights_only"] and kw["check_hash"] for _, kw in asked)
+
+
+def test_every_variant_fits_itself():
+    with torch.device("meta"):
+        for name in VARIANTS:
+            assert name in fitting_variants(fastalex.AlexNet(12, variant=name).state_dict())
+
+
+def test_custom_variant_is_data():
+    tiny = Variant(
+        "tiny", (Conv(8, 3, norm=ResponseNorm(3), pool=3), Conv(8, 3)), in_channels=1, hidden=(16, 16), features_size=4
+    )
+    assert fastalex.AlexNet(5, variant=tiny)(torch.randn(2, 1, 15, 15)).shape == (2, 5)
+    assert TORCHVISION.convs[0].norm is None
