@@ -592,7 +592,8 @@ def test_the_suite_notices(what, line, broken, tmp_path, monkeypatch):
     module = load(source.replace(line, broken), tmp_path / "max_pool_mutant.py")
     if INTERPRETING:
         enlarge(module, monkeypatch)
-    with pytest.raises(AssertionError):
+    # where memory is checked, an access out of bounds is an error before a wrong value can be seen
+    with pytest.raises(AssertionError if INTERPRETING else (AssertionError, RuntimeError)):
         suite(module)
 
 
