@@ -581,43 +581,25 @@ def backward_config(batch, chunks, height, width, element_size, bias_partials):
     return BackwardConfig(rows)
 
 
-def unsupported(
-    x_shape,
-    dtype,
-    channels_last,
-    size,
-    groups=1,
-    kernel_size=3,
-    stride=2,
-    padding=0,
-    dilation=1,
-    ceil_mode=False,
-):
-    """Why the fused kernels do not take these arguments, in words, or None if they do.
+def unsupported(x, size, groups=1, kernel_size=(3, 3), stride=(2, 2)):
+    """Why the fused kernels do not take x with these windows, in words, or None if they do.
 
-    x_shape: (N, C, H, W).  kernel_size, stride, padding, dilation: an int or a pair, as in max_pool2d.
-    What is not supported: kernels/lrn.py and kernels/max_pool.py, one after the other.
+    kernels/lrn.py and kernels/max_pool.py, one after the other, take what these refuse.
     """
-    if len(x_shape) != 4:
-        return f"x has {len(x_shape)} dimensions, not 4"
-    if dtype not in DTYPES:
-        return f"x is {dtype}, not fp16, bf16 or fp32"
-    for name, value, wanted in (
-        ("kernel_size", kernel_size, 3),
-        ("stride", stride, 2),
-        ("padding", padding, 0),
-        ("dilation", dilation, 1),
-    ):
-        if value != wanted and tuple(value if isinstance(value, (tuple, list)) else (value,)) != (wanted, wanted):
-            return f"{name} is {value}, not {wanted}"
-    _, channels, height, width = x_shape
+    if x.dim() != 4:
+        return f"x has {x.dim()} dimensions, not 4"
+    if x.dtype not in DTYPES:
+        return f"x is {x.dtype}, not fp16, bf16 or fp32"
+    if kernel_size != (3, 3):
+        return f"kernel_size is {kernel_size}, not (3, 3)"
+    if stride != (2, 2):
+        return f"stride is {stride}, not (2, 2)"
+    _, channels, height, width = x.shape
     if min(height, width) < 3:
         return f"the {height}x{width} image is smaller than one 3x3 window"
-    if ceil_mode and (height % 2 == 0 or width % 2 == 0):
-        return f"ceil_mode cuts the windows at the edge of a {height}x{width} image"
     if not 1 <= size <= MAX_SIZE:
         return f"size is {size}, not between 1 and {MAX_SIZE}"
-    vector = vector_width(dtype)
+    vector = vector_width(x.dtype)
     if groups < 1 or channels % (groups * vector):
         return f"{channels} channels in {groups} groups: channels per group are no multiple of {vector}"
     if channels * height * width >= 2**31:
@@ -627,7 +609,7 @@ def unsupported(
 
 def check(x, size, groups):
     """Raise ValueError where the fused kernels cannot take x; return the channels of an item."""
-    reason = unsupported(x.shape, x.dtype, is_channels_last(x), size, groups)
+    reason = unsupported(x, size, groups)
     if reason is not None:
         raise ValueError(f"lrn_max_pool: {reason} (x has shape {tuple(x.shape)})")
 

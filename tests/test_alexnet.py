@@ -22,10 +22,10 @@ PARAMETERS = {
 }
 
 
-def narrow(name: str) -> Variant:
-    """The variant with an eighth of the channels: the same wiring, fast enough for every test."""
+def narrow(name: str, divisor: int = 8) -> Variant:
+    """The variant with a fraction of the channels: the same wiring, fast enough for every test."""
     variant = VARIANTS[name]
-    convs = tuple(Conv(**{**vars(c), "channels": c.channels // 8}) for c in variant.convs)
+    convs = tuple(Conv(**{**vars(c), "channels": c.channels // divisor}) for c in variant.convs)
     return Variant(**{**vars(variant), "name": f"narrow {name}", "convs": convs, "hidden": (64, 48)})
 
 
@@ -93,6 +93,30 @@ def test_wiring(name, backend):
     torch.testing.assert_close(output, expected, rtol=1e-9, atol=1e-9 * expected.abs().max().item())
     for grad, expected_grad in zip(grads, expected_grads, strict=True):
         torch.testing.assert_close(grad, expected_grad, rtol=1e-8, atol=1e-10 * expected_grad.abs().max().item())
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_triton_kernels_run_the_model(name):
+    """Forward and backward in float32 through the Triton kernels, against the reference in float64.
+
+    The bound is float32's unit roundoff times the longest sum (the 9216/4 inputs of fc6, then seven layers below it),
+    relative to the largest gradient of each tensor.
+    """
+    model = fastalex.AlexNet(10, variant=narrow(name, divisor=4)).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.copy_(torch.randn_like(p) * (2.0 / max(p[0].numel(), 1)) ** 0.5)
+    x = torch.randn(2, 3, 67, 67) * 30
+    wide = copy.deepcopy(model).double()
+    with fastalex.backend.use("triton"):
+        output = model(x)
+        grads = torch.autograd.grad(output.square().sum(), list(model.parameters()))
+    with fastalex.backend.use("reference"):
+        expected = wide(x.double())
+        expected_grads = torch.autograd.grad(expected.square().sum(), list(wide.parameters()))
+    bound = 2.0**-24 * 9216 / 4
+    for a, b in zip((output, *grads), (expected, *expected_grads), strict=True):
+        torch.testing.assert_close(a.double(), b, rtol=0, atol=bound * b.abs().max().item())
 
 
 def test_dropout_positions():

@@ -283,35 +283,27 @@ def test_empty_batch(layout):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "word"),
+    ("shape", "dtype", "arguments", "word"),
     [
-        ({}, None),
-        ({"channels_last": False}, None),
-        ({"kernel_size": (3, 3), "stride": [2, 2], "padding": (0, 0)}, None),
-        ({"ceil_mode": True}, None),
-        ({"size": 9, "groups": 2}, None),
-        ({"dtype": FP32, "x_shape": (1, 4, 3, 3)}, None),
-        ({"x_shape": (8, 7, 7)}, "dimensions"),
-        ({"dtype": torch.float64}, "float64"),
-        ({"size": 10}, "size"),
-        ({"size": 0}, "size"),
-        ({"groups": 4}, "groups"),
-        ({"groups": 0}, "groups"),
-        ({"x_shape": (1, 12, 7, 7)}, "multiple of 8"),
-        ({"x_shape": (1, 16, 2, 7)}, "2x7"),
-        ({"x_shape": (1, 2**15, 2**8, 2**8)}, "2^31"),
-        ({"x_shape": (1, 16, 7, 8), "ceil_mode": True}, "ceil_mode"),
-        ({"kernel_size": 2}, "kernel_size"),
-        ({"kernel_size": (3, 2)}, "kernel_size"),
-        ({"stride": 1}, "stride"),
-        ({"stride": None}, "stride"),
-        ({"padding": 1}, "padding"),
-        ({"dilation": (1, 2)}, "dilation"),
+        ((2, 16, 7, 7), FP16, {}, None),
+        ((2, 16, 7, 7), FP16, {"size": 9, "groups": 2}, None),
+        ((1, 4, 3, 3), FP32, {}, None),
+        ((8, 7, 7), FP16, {}, "dimensions"),
+        ((2, 16, 7, 7), torch.float64, {}, "float64"),
+        ((2, 16, 7, 7), FP16, {"size": 10}, "size"),
+        ((2, 16, 7, 7), FP16, {"size": 0}, "size"),
+        ((2, 16, 7, 7), FP16, {"groups": 4}, "groups"),
+        ((2, 16, 7, 7), FP16, {"groups": 0}, "groups"),
+        ((1, 12, 7, 7), FP16, {}, "multiple of 8"),
+        ((1, 16, 2, 7), FP16, {}, "2x7"),
+        ((1, 2**15, 2**8, 2**8), FP16, {}, "2^31"),
+        ((2, 16, 7, 7), FP16, {"kernel_size": (3, 2)}, "kernel_size"),
+        ((2, 16, 7, 7), FP16, {"stride": (1, 1)}, "stride"),
     ],
 )
-def test_unsupported(arguments, word):
-    base = {"x_shape": (2, 16, 7, 7), "dtype": FP16, "channels_last": True, "size": 5}
-    reason = fused.unsupported(**{**base, **arguments})
+def test_unsupported(shape, dtype, arguments, word):
+    x = torch.empty(shape, dtype=dtype, device="meta")
+    reason = fused.unsupported(x, **{"size": 5, **arguments})
     assert reason is None if word is None else word in reason
 
 
