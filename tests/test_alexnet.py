@@ -171,6 +171,34 @@ def test_hooks_see_every_module_and_change_nothing():
     assert len(shapes) == len(model.features)
 
 
+def saved_bytes(function):
+    """What autograd keeps for backward, each piece of memory counted once."""
+    kept = {}
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.update({t.untyped_storage().data_ptr(): t}) or t, id):
+        output = function()
+    return sum(t.untyped_storage().nbytes() for t in kept.values()), output
+
+
+def test_what_the_lrn_stages_keep_for_backward():
+    """conv1..pool2 of the paper at most 0.26 of eager PyTorch's bytes, images and weights not counted."""
+    model = fastalex.AlexNet(variant="paper")
+    x = torch.randn(1, 3, 224, 224)
+    first, second = (m for m in model.features if isinstance(m, nn.Conv2d) and m.in_channels in (3, 96))
+
+    def eager():
+        y = x
+        for conv in (first, second):
+            y = F.relu(F.conv2d(y, conv.weight, conv.bias, conv.stride, conv.padding, 1, conv.groups))
+            y = F.max_pool2d(F.local_response_norm(y, 5, 5e-4, 0.75, 2.0), 3, 2)
+        return y
+
+    theirs, expected = saved_bytes(eager)
+    ours, output = saved_bytes(lambda: model.features[:6](x))
+    torch.testing.assert_close(output, expected)
+    parameters = x.nbytes + first.weight.nbytes + second.weight.nbytes
+    assert ours - parameters <= 0.26 * (theirs - parameters)
+
+
 def test_activations_are_channels_last():
     model = fastalex.AlexNet(4, variant=narrow("paper"))
     maps = model.features(torch.randn(2, 3, 224, 224))
