@@ -1,0 +1,214 @@
+"""Every kernel launch of the AlexNet variants, for tools that have neither a model nor a GPU.
+
+An entry is one call of a launcher: operation, layer, direction, dtype, memory format.  What it launches (kernels,
+grids, arguments, constants) is not written down anywhere: `launches` calls the launcher on meta tensors and records.
+
+The geometries are data here, because kernels know no models; a test runs each model and compares.
+"""
+
+import contextlib
+from dataclasses import dataclass, replace
+
+import torch
+from triton.runtime.jit import KernelInterface
+
+from . import bias_relu, lrn, lrn_max_pool, max_pool, relu_bias_grad
+
+DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+LAYOUTS = {"channels_last": torch.channels_last, "nchw": torch.contiguous_format}
+# The batch of the paper, and of every number that depends on one.
+BATCH = 128
+POOL = ((3, 3), (2, 2), (0, 0), (1, 1))
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One call of a launcher.
+
+    operation: the module of the kernel.  direction: "forward" (of training), "inference" (no window codes) or
+    "backward".  side: height and width of the launcher's largest tensor; 1 for a matrix of features.  norm: (size,
+    alpha, beta, k, groups) of the LRN.  fused: the call belongs to a fused stage: after the ReLU, backward with the
+    partial sums of the bias gradient.  dropout: its probability.
+    """
+
+    variant: str
+    layer: str
+    operation: str
+    direction: str
+    channels: int
+    side: int
+    norm: tuple | None = None
+    fused: bool = False
+    dropout: float = 0.0
+    dtype: str = "fp16"
+    layout: str = "channels_last"
+
+    @property
+    def name(self):
+        return "/".join((self.variant, self.layer, self.operation, self.direction, self.dtype, self.layout))
+
+    @property
+    def image_elements(self):
+        """Elements per image of the largest tensor: what work and traffic are divided by."""
+        return self.channels * self.side**2
+
+    def tensor(self, side, batch, device, dtype=None):
+        """A tensor of zeros with this entry's channels; (batch, channels) for a matrix of features."""
+        shape = (batch, self.channels, side, side) if self.side > 1 else (batch, self.channels)
+        out = torch.zeros(shape, dtype=dtype or DTYPES[self.dtype], device=device)
+        return out.to(memory_format=LAYOUTS[self.layout]) if self.side > 1 else out
+
+    def call(self, batch=BATCH, device="meta"):
+        """Call the launcher on tensors of zeros, as the operator does."""
+        x = self.tensor(self.side, batch, device)
+        pooled = (self.side - 3) // 2 + 1
+        if self.operation == "bias_relu":
+            bias = torch.zeros(self.channels, dtype=x.dtype, device=device)
+            seed = torch.zeros(1, dtype=torch.int64, device=device) if self.dropout else None
+            bias_relu.bias_relu_(x, bias, p=self.dropout, seed=seed)
+        elif self.operation == "relu_bias_grad":
+            relu_bias_grad.relu_bias_grad(torch.zeros_like(x), x, scale=1 / (1 - self.dropout))
+        elif self.operation == "lrn" and self.direction == "backward":
+            lrn.lrn_bwd(torch.zeros_like(x), x, *self.norm)
+        elif self.operation == "lrn":
+            lrn.lrn_fwd(x, *self.norm)
+        elif self.direction == "backward":
+            grad = self.tensor(pooled, batch, device)
+            codes = self.tensor(pooled, batch, device, torch.int8)
+            if self.operation == "max_pool":
+                out = max_pool.max_pool_bwd(grad, codes, (self.side, self.side), *POOL, bias_partials=self.fused)
+            else:
+                *norm, groups = self.norm
+                out = lrn_max_pool.lrn_max_pool_bwd(grad, codes, x, *norm, groups=groups, bias_partials=self.fused)
+            if self.fused:
+                relu_bias_grad.sum_partials(out[1])
+        else:
+            wanted = {"codes": self.direction == "forward", "after_relu": self.fused}
+            if self.operation == "max_pool":
+                max_pool.max_pool_fwd(x, *POOL, False, **wanted)
+            else:
+                *norm, groups = self.norm
+                lrn_max_pool.lrn_max_pool_fwd(x, *norm, groups=groups, **wanted)
+
+
+@dataclass(frozen=True)
+class Launch:
+    kernel: object
+    grid: tuple
+    args: tuple
+    constants: dict
+
+    @property
+    def name(self):
+        return self.kernel.fn.__name__
+
+    @property
+    def programs(self):
+        return self.grid[0]
+
+    def argument(self, name):
+        """The value of one argument of the kernel."""
+        names = self.kernel.arg_names
+        return self.constants[name] if name in self.constants else self.args[names.index(name)]
+
+
+@contextlib.contextmanager
+def recording():
+    """Launches within the block are appended to the list that it gets, and do not run.  Also in the interpreter."""
+    launches = []
+
+    def record(kernel, grid):
+        return lambda *args, **constants: launches.append(Launch(kernel, grid, args, constants))
+
+    original = KernelInterface.__getitem__
+    KernelInterface.__getitem__ = record
+    try:
+        yield launches
+    finally:
+        KernelInterface.__getitem__ = original
+
+
+def launches(entry, batch=BATCH):
+    """What a call launches at this batch size."""
+    with recording() as found:
+        entry.call(batch)
+    return found
+
+
+def stage(variant, layer, channels, side, *, norm=None, pool=False, relu_first=True, pool_first=False):
+    """The entries of one convolution and of what follows it."""
+    plain = Entry(variant, layer, "", "", channels, side)
+    pooling = replace(plain, operation="max_pool", fused=relu_first)
+    out = []
+    if relu_first or not pool:
+        out.append(replace(plain, operation="bias_relu", direction="forward"))
+        if not pool:
+            out.append(replace(plain, operation="relu_bias_grad", direction="backward"))
+    if norm and not pool_first:
+        pooling = replace(pooling, operation="lrn_max_pool", norm=norm)
+    if pool:
+        out += [replace(pooling, direction=direction) for direction in ("forward", "inference", "backward")]
+    if norm and pool_first:
+        alone = replace(plain, operation="lrn", norm=norm, side=(side - 3) // 2 + 1)
+        out += [replace(alone, direction=direction) for direction in ("forward", "backward")]
+    return out
+
+
+def hidden(variant, layer, dropout):
+    """The entries of one hidden linear layer; without dropout they are those of inference, too."""
+    plain = Entry(variant, layer, "bias_relu", "forward", 4096, 1)
+    out = [
+        replace(plain, dropout=dropout),
+        replace(plain, operation="relu_bias_grad", direction="backward", dropout=dropout),
+    ]
+    if dropout:
+        out.append(replace(plain, direction="inference"))
+    return out
+
+
+def two_columns(variant, norm, relu_first=True, pool_first=False):
+    """The network of 2012 and its relatives."""
+    wiring = {"pool": True, "relu_first": relu_first, "pool_first": pool_first}
+    return [
+        *stage(variant, "conv1", 96, 55, norm=norm, **wiring),
+        *stage(variant, "conv2", 256, 27, norm=norm, **wiring),
+        *stage(variant, "conv3", 384, 13),
+        *stage(variant, "conv4", 384, 13),
+        *stage(variant, "conv5", 256, 13, **wiring),
+        *hidden(variant, "fc6", 0.5),
+        *hidden(variant, "fc7", 0.5),
+    ]
+
+
+MODEL_ENTRIES = [
+    *two_columns("paper", (5, 5e-4, 0.75, 2.0, 1)),
+    *two_columns("code2012", (5, 1e-4, 0.75, 2.0, 2), relu_first=False),
+    *two_columns("bvlc_alexnet", (5, 1e-4, 0.75, 1.0, 1)),
+    *two_columns("caffenet", (5, 1e-4, 0.75, 1.0, 1), pool_first=True),
+    *stage("torchvision", "conv1", 64, 55, pool=True),
+    *stage("torchvision", "conv2", 192, 27, pool=True),
+    *stage("torchvision", "conv3", 384, 13),
+    *stage("torchvision", "conv4", 256, 13),
+    *stage("torchvision", "conv5", 256, 13, pool=True),
+    *hidden("torchvision", "fc6", 0.5),
+    *hidden("torchvision", "fc7", 0.0),
+]
+ENTRIES = {
+    entry.name: entry
+    for base in MODEL_ENTRIES
+    for dtype in DTYPES
+    for layout in (LAYOUTS if base.side > 1 else ["channels_last"])
+    for entry in [replace(base, dtype=dtype, layout=layout)]
+}
+
+
+def representative(dtype):
+    """The entries that differ, of training in channels_last: the paper's, and caffenet's for the LRN on its own."""
+    wanted = [("paper", layer) for layer in ("conv1", "conv2", "conv3", "conv5", "fc6")]
+    return [
+        entry
+        for entry in ENTRIES.values()
+        if (entry.dtype, entry.layout) == (dtype, "channels_last")
+        and entry.direction != "inference"
+        and ((entry.variant, entry.layer) in wanted or (entry.variant, entry.operation) == ("caffenet", "lrn"))
+    ]

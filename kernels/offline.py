@@ -1,0 +1,403 @@
+"""What the compiler makes of the catalogue's kernels, for GPUs that need not be there.
+
+    python -m fastalex.kernels.offline [--target sm_90] [--dtype fp16] [--json | --markdown [FILE]]
+
+Every launch is compiled as at a launch, through Triton's own `run`, with a driver that only names the target, and its
+machine code is read: registers, spills, shared memory, widths of global accesses, instructions per element.  Compilers
+run in processes of their own: one that crashes costs its own entry.  Results are cached per user, keyed by the source
+of the kernels, the versions of Triton and PyTorch, target and entry.
+"""
+
+import argparse
+import contextlib
+import hashlib
+import json
+import os
+import queue
+import re
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections import Counter
+from pathlib import Path
+
+import torch
+import triton
+
+TARGETS = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942")
+
+
+# ------------------------------------------------------------------------------------------------- in the worker
+class NamedTarget:
+    """A driver for compiling only: says which GPU the code is for."""
+
+    def __init__(self, target):
+        from triton.backends.compiler import GPUTarget
+
+        number = target.removeprefix("sm_")
+        self.target = GPUTarget("cuda", int(number), 32) if number != target else GPUTarget("hip", target, 64)
+
+    def get_current_target(self):
+        return self.target
+
+    def get_current_device(self):
+        # kernels keep what they compiled by device
+        return str(self.target)
+
+    def get_current_stream(self, device):
+        return 0
+
+
+def instructions(sass):
+    """(address, opcode with its suffixes, text, whether it has a condition) of each instruction but the padding."""
+    lines = re.findall(r"^\s+/\*([0-9a-f]{4,})\*/\s+(@\S+\s+)?((\S+).*?);", sass, re.MULTILINE)
+    return [(int(address, 16), opcode, text, bool(guard)) for address, guard, text, opcode in lines if opcode != "NOP"]
+
+
+def branches(code):
+    """(address, target, whether it has a condition) of each branch, but the trap behind the end."""
+    found = []
+    for address, opcode, text, condition in code:
+        target = re.search(r"0x([0-9a-f]+)", text) if opcode.startswith("BRA") else None
+        if target and int(target[1], 16) != address:
+            found.append((address, int(target[1], 16), condition))
+    return found
+
+
+def trips(launch):
+    """How often a thread of this launch runs through the loop of its kernel, None if that is not known.
+
+    Not known: sum_partials_kernel, whose loop the compiler unrolls.  It is a hundredth of its predecessor's work.
+    """
+    counters = {
+        "lrn_max_pool_fwd_kernel": "rows",
+        "lrn_max_pool_bwd_kernel": "ROWS",
+        "max_pool_fwd_packed_kernel": "per_program",
+        "max_pool_bwd_3x3s2_kernel": "per_program",
+        "relu_bias_grad_kernel": "steps",
+        "relu_bias_grad_planes_kernel": "steps",
+    }
+    return launch.argument(counters[launch.name]) if launch.name in counters else None
+
+
+def issued(code, count):
+    """Instructions that a thread issues, those of the loop `count` times; None if that is needed and not known.
+
+    A conditional branch forward over code without a loop is taken: what lies behind it is a rare case (max-pool's
+    repair of infinities and NaN).
+    """
+    jumps = branches(code)
+    loops = [(target, address) for address, target, _ in jumps if target < address]
+    if loops and count is None:
+        return None
+    rare = [
+        (address, target)
+        for address, target, condition in jumps
+        if target > address and condition and not any(address < first < target for first, _ in loops)
+    ]
+    total = 0
+    for address, *_ in code:
+        if not any(start < address < stop for start, stop in rare):
+            total += count if any(first <= address <= last for first, last in loops) else 1
+    return total
+
+
+def access_bytes(opcode):
+    """Bytes that one thread moves by a load or store with this opcode."""
+    width = re.search(r"\.(?:U|S)?(8|16|64|128)(?:\.|$)", opcode)
+    return int(width[1]) // 8 if width else 4
+
+
+def read_cubin(cubin):
+    tools = Path(triton.__file__).parent / "backends/nvidia/bin"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        sass, usage = (
+            subprocess.run([tools / "cuobjdump", flag, file.name], capture_output=True, text=True, check=True).stdout
+            for flag in ("-sass", "-res-usage")
+        )
+    return instructions(sass), usage
+
+
+def measured_cubin(built, launch, elements):
+    code, usage = read_cubin(built.asm["cubin"])
+    thread = issued(code, trips(launch))
+    threads = launch.programs * launch.constants["num_warps"] * 32
+    opcodes = Counter(opcode for _, opcode, *_ in code)
+    widths = {"loads": Counter(), "stores": Counter()}
+    for opcode, number in opcodes.items():
+        kind = {"LDG": "loads", "STG": "stores"}.get(opcode.split(".")[0])
+        if kind:
+            widths[kind][access_bytes(opcode)] += number
+    return {
+        "registers": int(re.search(r"REG:(\d+)", usage)[1]),
+        "stack": int(re.search(r"STACK:(\d+)", usage)[1]),
+        "spills": sum(number for opcode, number in opcodes.items() if opcode.startswith(("LDL", "STL"))),
+        **widths,
+        "instructions": None if thread is None else thread * threads / elements,
+    }
+
+
+def measured_amdgcn(built):
+    text = built.asm["amdgcn"]
+
+    def field(name):
+        return int(re.search(rf"\.{name}:\s*(\d+)", text)[1])
+
+    widths = {"loads": Counter(), "stores": Counter()}
+    sizes = {"ubyte": 1, "sbyte": 1, "byte": 1, "ushort": 2, "short": 2, "dword": 4}
+    for kind, size, number in re.findall(r"(?:global|buffer)_(load|store)_([a-z]+?)(?:_d16\w*|x(\d))?\s", text):
+        widths[f"{kind}s"][sizes[size] * int(number or 1)] += 1
+    return {
+        "registers": field("vgpr_count"),
+        "stack": field("private_segment_fixed_size"),
+        "spills": field("vgpr_spill_count") + field("sgpr_spill_count"),
+        **widths,
+        "instructions": None,
+    }
+
+
+def compile_entry(name, target):
+    """What each launch of an entry compiles to."""
+    from . import catalog
+
+    entry = catalog.ENTRIES[name]
+    triton.runtime.driver.set_active(NamedTarget(target))
+    out = []
+    for launch in catalog.launches(entry):
+        start = time.perf_counter()
+        built = launch.kernel.run(*launch.args, grid=launch.grid, warmup=True, **launch.constants)
+        seconds = time.perf_counter() - start
+        elements = entry.image_elements * catalog.BATCH
+        code = measured_cubin(built, launch, elements) if "cubin" in built.asm else measured_amdgcn(built)
+        out.append({"kernel": launch.name, "shared": built.metadata.shared, **code, "seconds": round(seconds, 1)})
+    return out
+
+
+def work():
+    """Answer requests, one JSON line each, until standard input ends."""
+    answers, sys.stdout = sys.stdout, sys.stderr
+    for line in sys.stdin:
+        try:
+            name, target = json.loads(line)
+            if target == "traffic":
+                from . import traffic
+
+                answer = traffic.count(name)
+            else:
+                answer = compile_entry(name, target)
+        except Exception as error:
+            answer = {"error": f"{type(error).__name__}: {error}"}
+        print(json.dumps(answer), file=answers, flush=True)
+
+
+# ------------------------------------------------------------------------------------------------- in the caller
+WORKER = """
+import sys
+import torch
+if sys.argv[1] == "gfx942":
+    torch.version.hip = "offline"  # launchers choose for AMD by it
+from fastalex.kernels import offline
+offline.work()
+"""
+
+
+class Worker:
+    """A process that compiles for one kind of target."""
+
+    def __init__(self, kind):
+        self.kind = kind
+        self.directory = tempfile.TemporaryDirectory()
+        environment = {
+            **os.environ,
+            "TRITON_INTERPRET": "1" if kind == "traffic" else "0",
+            # empty: compile times are those of a compilation
+            "TRITON_CACHE_DIR": self.directory.name,
+            "PYTHONPATH": os.pathsep.join([str(Path(__file__).resolve().parents[1]), *sys.path]),
+            "OMP_NUM_THREADS": "1",
+        }
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", WORKER, kind],
+            env=environment,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+        )
+
+    def ask(self, request):
+        """The answer, or None if the process died over it."""
+        try:
+            self.process.stdin.write(json.dumps(request) + "\n")
+            self.process.stdin.flush()
+            return json.loads(self.process.stdout.readline())
+        except (BrokenPipeError, json.JSONDecodeError):
+            return None
+
+    def close(self):
+        with contextlib.suppress(BrokenPipeError):
+            self.process.stdin.close()
+        self.process.terminate()
+        self.process.wait()
+        self.process.stdout.close()
+        self.directory.cleanup()
+
+
+def kind_of(target):
+    return target if target in ("gfx942", "traffic") else "nvidia"
+
+
+def cache_file(name, target):
+    """Where the result of (entry, target) lies, by everything that it depends on."""
+    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastalex" / "kernels"
+    key = hashlib.sha256(f"{triton.__version__} {torch.__version__} {name} {target}".encode())
+    for source in sorted(Path(__file__).parent.glob("*.py")):
+        key.update(source.read_bytes())
+    return root / f"{key.hexdigest()}.json"
+
+
+def write_atomically(path, text):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
+        file.write(text)
+    os.replace(file.name, path)
+
+
+def results(requests, processes=2):
+    """{(entry name, target): [one dict per launch]} for pairs of them; target "traffic" counts DRAM bytes instead.
+
+    An entry that does not compile maps to {"error": why}.  Only results without an error are kept in the cache.
+    """
+    found = {}
+    waiting = queue.Queue()
+    # one process compiles for one kind of target, so that few are started
+    for request in sorted(set(requests), key=lambda request: kind_of(request[1])):
+        path = cache_file(*request)
+        if path.exists():
+            found[request] = json.loads(path.read_text())
+        else:
+            waiting.put((request, path))
+
+    def serve():
+        worker = None
+        with contextlib.suppress(queue.Empty):
+            while True:
+                request, path = waiting.get_nowait()
+                if worker is None or worker.kind != kind_of(request[1]):
+                    if worker is not None:
+                        worker.close()
+                    worker = Worker(kind_of(request[1]))
+                answer = worker.ask(request)
+                if answer is None:
+                    answer = {"error": f"the compiler's process ended with code {worker.process.wait()}"}
+                    worker.close()
+                    worker = None
+                found[request] = answer
+                if "error" not in answer:
+                    write_atomically(path, json.dumps(answer))
+        if worker is not None:
+            worker.close()
+
+    threads = [threading.Thread(target=serve) for _ in range(min(processes, waiting.qsize()))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return found
+
+
+# ---------------------------------------------------------------------------------------------------- the table
+MARKERS = ("<!-- kernel table: make kernel-table -->\n", "<!-- end of kernel table -->")
+# Instructions per second, four schedulers x 32 lanes on 132 multiprocessors at 1.7 GHz, and bytes per second.
+H100_ISSUE = 132 * 128 * 1.7e9
+H100_DRAM = 3.35e12
+COLUMNS = (
+    "layer", "kernel", "dtype", "target", "registers", "spills", "shared", "loads", "stores", "instr/el",
+    "DRAM B/el", "issue : DRAM", "compile s",
+)  # fmt: skip
+
+
+def widths(counts):
+    """'2x16 1x4': so many accesses of so many bytes."""
+    return " ".join(f"{counts[width]}x{width}" for width in sorted(counts, key=int, reverse=True))
+
+
+def rows(names, targets):
+    """One list of cells per launch, in the order of COLUMNS."""
+    from . import catalog
+
+    found = results([(name, target) for name in names for target in (*targets, "traffic")])
+    out = []
+    for name in names:
+        entry = catalog.ENTRIES[name]
+        layer = f"{entry.variant} {entry.layer}"
+        traffic = found[name, "traffic"]
+        for target in targets:
+            built = found[name, target]
+            errors = [answer["error"] for answer in (built, traffic) if "error" in answer]
+            if errors:
+                out.append([layer, entry.operation, entry.dtype, target, errors[0]] + ["-"] * (len(COLUMNS) - 5))
+                continue
+            for code, moved in zip(built, traffic, strict=True):
+                count, dram = code["instructions"], moved["read"] + moved["written"]
+                model = "-"
+                if count is not None and target == "sm_90":
+                    model = f"{count / H100_ISSUE / (dram / H100_DRAM):.2f}"
+                out.append(
+                    [
+                        layer, code["kernel"].removesuffix("_kernel"), entry.dtype, target, str(code["registers"]),
+                        str(code["spills"] + code["stack"]), str(code["shared"]), widths(code["loads"]),
+                        widths(code["stores"]), "-" if count is None else f"{count:.1f}", f"{dram:.2f}", model,
+                        f"{code['seconds']:.1f}",
+                    ]
+                )  # fmt: skip
+    return out
+
+
+def markdown(table):
+    lines = [COLUMNS, ["---"] * 4 + ["---:"] * (len(COLUMNS) - 4), *table]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def plain(table):
+    lines = [COLUMNS, *table]
+    width = [max(len(line[i]) for line in lines) for i in range(len(COLUMNS))]
+    return "".join("  ".join(c.ljust(w) for c, w in zip(line, width, strict=True)).rstrip() + "\n" for line in lines)
+
+
+def replace_table(path, table):
+    """Put the table between the markers of a Markdown file."""
+    text = path.read_text()
+    if any(text.count(marker) != 1 for marker in MARKERS):
+        raise ValueError(f"{path} must contain these two lines once each: {MARKERS}")
+    before, rest = text.split(MARKERS[0])
+    after = rest.split(MARKERS[1])[1]
+    write_atomically(path, f"{before}{MARKERS[0]}\n{table}\n{MARKERS[1]}{after}")
+
+
+def main(arguments=None):
+    from . import catalog
+
+    parser = argparse.ArgumentParser(prog="python -m fastalex.kernels.offline", description=__doc__.split("\n")[0])
+    parser.add_argument("--target", nargs="+", choices=TARGETS, default=["sm_90"])
+    parser.add_argument("--dtype", nargs="+", choices=list(catalog.DTYPES), default=list(catalog.DTYPES))
+    parser.add_argument("--json", action="store_true", help="everything that is known, as JSON")
+    parser.add_argument("--markdown", nargs="?", const="-", metavar="FILE", help="as Markdown, into FILE if given")
+    options = parser.parse_args(arguments)
+    names = [entry.name for dtype in options.dtype for entry in catalog.representative(dtype)]
+    if options.json:
+        found = results([(name, target) for name in names for target in (*options.target, "traffic")])
+        json.dump([{"entry": e, "target": t, "result": r} for (e, t), r in sorted(found.items())], sys.stdout, indent=1)
+        return
+    table = rows(names, options.target)
+    if options.markdown not in (None, "-"):
+        replace_table(Path(options.markdown), markdown(table))
+    else:
+        sys.stdout.write(plain(table) if options.markdown is None else markdown(table))
+
+
+if __name__ == "__main__":
+    main()

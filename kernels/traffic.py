@@ -1,0 +1,111 @@
+"""DRAM traffic of the catalogue's launches, counted in Triton's interpreter on one image.
+
+What is counted is the set of 32-byte sectors that a launch reads, and the set that it writes: the traffic of a GPU
+whose cache never loses a line within one launch and keeps none between launches.  Real traffic is higher where
+programs that share a line run far apart.  Images have the layer's full size; matrices of features the full batch.
+"""
+
+import contextlib
+
+import numpy as np
+from triton.runtime.interpreter import InterpreterBuilder
+from triton.runtime.jit import KernelInterface
+
+from . import catalog, lrn_max_pool, max_pool, relu_bias_grad
+
+SECTOR = 32
+
+
+class Sectors:
+    """A growing set of sector numbers."""
+
+    def __init__(self):
+        self.blocks = []
+        self.pending = 0
+
+    def add(self, pointers, mask):
+        addresses = np.asarray(pointers.data).ravel()
+        # the interpreter's masks are bool or integers
+        touched = addresses[np.broadcast_to(np.asarray(mask.data).ravel().astype(bool), addresses.shape)]
+        self.blocks.append(np.unique(touched // SECTOR))
+        self.pending += self.blocks[-1].size
+        if self.pending > 1 << 20:
+            self.blocks = [np.unique(np.concatenate(self.blocks))]
+            self.pending = 0
+
+    def bytes(self):
+        return int(np.unique(np.concatenate(self.blocks)).size) * SECTOR if self.blocks else 0
+
+
+@contextlib.contextmanager
+def counting():
+    """The launches in the block run; the list that it gets receives (kernel, bytes read, bytes written) of each."""
+    counted = []
+    current = []
+    getitem, load, store = (
+        KernelInterface.__getitem__,
+        InterpreterBuilder.create_masked_load,
+        InterpreterBuilder.create_masked_store,
+    )
+
+    def counted_getitem(kernel, grid):
+        def launch(*args, **constants):
+            current[:] = Sectors(), Sectors()
+            getitem(kernel, grid)(*args, **constants)
+            counted.append((kernel.__name__, *(sectors.bytes() for sectors in current)))
+
+        return launch
+
+    def counted_load(self, pointers, mask, *rest, **named):
+        current[0].add(pointers, mask)
+        return load(self, pointers, mask, *rest, **named)
+
+    def counted_store(self, pointers, value, mask, *rest, **named):
+        current[1].add(pointers, mask)
+        return store(self, pointers, value, mask, *rest, **named)
+
+    KernelInterface.__getitem__ = counted_getitem
+    InterpreterBuilder.create_masked_load = counted_load
+    InterpreterBuilder.create_masked_store = counted_store
+    try:
+        yield counted
+    finally:
+        KernelInterface.__getitem__ = getitem
+        InterpreterBuilder.create_masked_load = load
+        InterpreterBuilder.create_masked_store = store
+
+
+@contextlib.contextmanager
+def cut_as_in_a_batch():
+    """One image is cut into programs as an image of catalog.BATCH is: partial sums are then as many, per image."""
+    thresholds = [
+        (lrn_max_pool, "ENOUGH_WARPS"),
+        (max_pool, "MANY_PROGRAMS"),
+        (relu_bias_grad, "MAX_PARTIALS"),
+    ]
+    originals = [getattr(module, name) for module, name in thresholds]
+    configs = (lrn_max_pool.forward_config, lrn_max_pool.backward_config)
+    try:
+        for module, name in thresholds:
+            setattr(module, name, max(1, getattr(module, name) // catalog.BATCH))
+        for config in configs:
+            config.cache_clear()
+        yield
+    finally:
+        for (module, name), original in zip(thresholds, originals, strict=True):
+            setattr(module, name, original)
+        for config in configs:
+            config.cache_clear()
+
+
+def count(name):
+    """DRAM bytes that each launch of an entry reads and writes, per element of the entry's largest tensor."""
+    entry = catalog.ENTRIES[name]
+    image = entry.side > 1
+    batch = 1 if image else catalog.BATCH
+    with counting() as counted, cut_as_in_a_batch() if image else contextlib.nullcontext():
+        entry.call(batch, device="cpu")
+    elements = entry.image_elements * batch
+    return [
+        {"kernel": kernel, "read": read / elements, "written": written / elements} for kernel, read, written in counted
+    ]
