@@ -205,6 +205,26 @@ class AlexNet(nn.Module):
         maps = self.features(input)
         return self.classifier(torch.flatten(self.avgpool(maps), 1))
 
+    def features_at(self, input: Tensor, *layers: str) -> dict[str, Tensor]:
+        """The maps after the named ReLUs ("relu1" to "relu5"), as perceptual losses want them, in one pass.
+
+        input: (N, C, H, W).  Returns {name: (N, K, H', W')}; runs no further than the last layer asked for and needs
+        no hooks.  Raises ValueError for a name that is none of them.
+        """
+        known = [f"relu{i + 1}" for i in range(len(self.variant.convs))]
+        for layer in layers:
+            if layer not in known:
+                raise ValueError(f"layers must be out of {', '.join(known)}, got {layer!r}")
+        found: dict[str, Tensor] = {}
+        relus = iter(known)
+        for module in self.features:
+            if len(found) == len(set(layers)):
+                break
+            input = module(input)
+            if isinstance(module, ConvReLU2d | nn.ReLU) and (name := next(relus)) in layers:
+                found[name] = input
+        return found
+
 
 class AveragePoolTo(nn.AdaptiveAvgPool2d):
     """nn.AdaptiveAvgPool2d that costs nothing at its own output size, where averaging changes nothing."""

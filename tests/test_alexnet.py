@@ -205,6 +205,28 @@ def test_activations_are_channels_last():
     assert maps.is_contiguous(memory_format=torch.channels_last)
 
 
+@pytest.mark.parametrize("name", VARIANTS)
+def test_features_at(name):
+    """What hooks on the ReLUs would see."""
+    model = fastalex.AlexNet(4, variant=narrow(name)).eval()
+    x = torch.randn(1, 3, 224, 224)
+    expected = []
+    for module in model.features:
+        if isinstance(module, nn.ReLU | fastalex.nn.ConvReLU2d):
+            module.register_forward_hook(lambda m, i, o: expected.append(o))
+    model(x)
+    hooked = tuple(expected)
+    found = model.features_at(x, *(f"relu{i}" for i in range(1, 6)))
+    assert list(found) == ["relu1", "relu2", "relu3", "relu4", "relu5"]
+    for a, b in zip(found.values(), hooked, strict=True):
+        torch.testing.assert_close(a, b)
+    expected.clear()
+    assert list(model.features_at(x, "relu2")) == ["relu2"]
+    assert len(expected) == 2  # it went no further
+    with pytest.raises(ValueError, match=r"layers must be out of relu1, .*, relu5, got 'conv1'"):
+        model.features_at(x, "conv1")
+
+
 def test_copies():
     model = fastalex.AlexNet(4, variant=narrow("paper")).eval()
     x = torch.randn(1, 3, 224, 224)
