@@ -34,11 +34,11 @@ except ModuleNotFoundError:
     fail("the command line needs tyro: pip install 'fastalex[cli]'")
 
 
-def demo(out: Path = Path("runs/demo"), epochs: int = 20, device: str | None = None) -> None:
+def demo(out: Path = Path("runs/demo"), epochs: int = 24, device: str | None = None) -> None:
     """Train a small AlexNet on the pictures that ship with fastalex, and show what it learnt.
 
     Prints the five likeliest classes of held-out pictures and writes model.safetensors, metrics.jsonl,
-    learning_curve.png, filters.png and predictions.png.  One to three minutes on two CPU cores.
+    learning_curve.png, filters.png and predictions.png.  One to two minutes on two CPU cores.
 
     Args:
         out: Folder for the results.
@@ -70,9 +70,9 @@ def train(
             with fastalex.
         variant: Which AlexNet: "demo" is narrow and takes 64x64 pictures, the others have the full size.
         out: Folder for model.safetensors (for eval and predict), state.pt (for --resume) and metrics.jsonl.
-        epochs: Passes over the training pictures; by default 20 for "demo", 90 for the others.
+        epochs: Passes over the training pictures; by default 24 for "demo", 90 for the others.
         batch_size: Pictures per step; by default 50 for "demo", 128 for the others.
-        lr: Highest learning rate; by default 0.05 for "demo", 0.01 for the others.
+        lr: Highest learning rate; by default 0.025 for "demo", 0.01 for the others.
         amp: Automatic mixed precision: bf16, or fp16 with loss scaling.
         device: cpu, cuda, cuda:1, ...; by default a GPU if there is one.
         workers: Processes that read pictures from --data; by default one per core, 8 at most.
