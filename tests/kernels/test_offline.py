@@ -121,6 +121,11 @@ def test_machine_code(name, dtype, target, answers):
     assert "error" not in launches
     code = launches[0]
     assert code["spills"] == code["stack"] == 0
+    if target == "gfx942":
+        # max-pool is cut for 32 lanes: half a vector per thread and 128 bytes of shared memory with 64
+        assert code["shared"] <= 128
+        assert {"16", "8"} & set(code["loads"])
+        return
     assert code["shared"] == 0
     assert "16" in code["loads"]
     assert "16" in code["stores"]
