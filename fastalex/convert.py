@@ -41,6 +41,7 @@ FUSED = {
     nn.LocalResponseNorm: LocalResponseNorm,
     nn.MaxPool2d: MaxPool2d,
 }
+OF_TORCH = "belongs to torch"
 RELU_FUNCTIONS = (TF.relu, TF.relu_, torch.relu, torch.relu_)
 
 
@@ -84,10 +85,11 @@ def fuse(model: nn.Module, *, inplace: bool = False) -> nn.Module:
     that branches or cannot be traced.
 
     The model must be called through `forward`: code outside it that takes a layer's activation before the ReLU finds
-    it after the ReLU.  Fuse before torch.compile, DataParallel or torch.jit wrap the model.  A rewritten `forward` has
-    the values that plain attributes had at the time of the call.  The fused layers take batches (N, C, H, W) of
-    floating-point numbers, have no second derivatives, and LRN keeps its dtype under autocast (see
-    `fastalex.functional`).
+    it after the ReLU.  A forward is judged, and where it is rewritten kept, with the values that plain attributes have
+    at the time of the call.  Later changes of the p or the mode of a Dropout that became part of a LinearReLUDropout
+    are made there.  Fuse before torch.compile or DistributedDataParallel; nn.DataParallel cannot replicate a rewritten
+    forward.  The fused layers take batches (N, C, H, W) of floating-point numbers, have no second derivatives, and LRN
+    keeps its dtype under autocast (see `fastalex.functional`).
 
     inplace: change the model itself instead of a deep copy.  A model that is fused already is fused anew.
     Raises ValueError if the model is not a torch.nn.Module.
@@ -191,6 +193,8 @@ class _Site:
 
 
 class _Fusion:
+    """One run of `fuse`: finds every call of every module first, then changes modules, then forward methods."""
+
     def __init__(self, model: nn.Module):
         self.model = model
         self.report = Report()
@@ -217,11 +221,7 @@ class _Fusion:
         self._functions(fused)
         self._rewrite()
         for container in self.containers:
-            if (
-                container.opaque
-                and not container.graphs
-                and not type(container.module).__module__.startswith("torch.nn.")
-            ):
+            if container.opaque not in (None, OF_TORCH) and not container.graphs:
                 self.report.left.append(f"{container}: its forward {container.opaque}")
         for lines in (self.report.replaced, self.report.left):  # training and evaluation mode say most things twice
             lines[:] = dict.fromkeys(lines)
@@ -454,7 +454,7 @@ def _traced(module: nn.Module, name: str) -> _Container:
     if "forward" in module.__dict__:
         container.opaque, container.foreign = "is not its class's", True
     elif type(module).__module__.startswith("torch.nn.") and type(module).forward is not nn.Sequential.forward:
-        container.opaque, container.foreign = "belongs to torch", True
+        container.opaque, container.foreign = OF_TORCH, True
     elif inspect.unwrap(type(module).forward) is not type(module).forward:
         container.opaque = "is decorated"
     else:
@@ -491,7 +491,10 @@ def _trace(module: nn.Module, training: bool) -> tuple[fx.Graph | None, str | No
         return graph, "keeps attributes or makes tensors"
     if any(code.co_filename.endswith(("grad_mode.py", "autocast_mode.py")) for code in codes):
         return graph, "switches autograd or autocast"
-    branching = next((code for code in codes if _is_users(code) and _branches(code)), None)
+    codes = {code for code in codes if _is_users(code)}
+    if any("forward" in code.co_names and "super" not in code.co_names for code in codes):
+        return graph, "calls the forward of a module instead of the module"
+    branching = next(filter(_branches, codes), None)
     if branching is not None:
         return graph, f"branches (in {branching.co_name})"
     return graph, None

@@ -365,6 +365,30 @@ def test_an_activation_with_two_users():
     assert_same(model, fused, torch.randn(X, dtype=torch.float64))
 
 
+class ActivationReturned(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.relu = nn.Conv2d(3, 8, 3), nn.ReLU()
+        self.norm, self.pool = nn.LocalResponseNorm(5), nn.MaxPool2d(3, 2)
+
+    def forward(self, x):
+        y = self.relu(self.conv(x))
+        return y, self.pool(self.norm(y))
+
+
+def test_the_gradient_of_a_returned_activation_is_not_the_one_before_the_relu():
+    model = ActivationReturned().double()
+    fused = fused_copy(model, "norm (LocalResponseNorm) + pool (MaxPool2d) -> fastalex.nn.LRNMaxPool2d")
+    assert not fused.norm.after_relu
+    x = torch.randn(X, dtype=torch.float64)
+    assert_same(model, fused, x)
+    grads = []
+    for m in (model, fused):
+        y, pooled = m(x)
+        grads += torch.autograd.grad(pooled.sum(), y)
+    torch.testing.assert_close(*grads)
+
+
 class InPlaceElsewhere(nn.Module):
     def __init__(self):
         super().__init__()
@@ -402,6 +426,15 @@ class Untraceable(nn.Module):
         if x.mean() > 1e9:
             return maps[0]
         return maps[0].sum() + torch.relu(self.conv(self.head(x)))
+
+
+class CallsForward(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.relu = nn.Conv2d(3, 8, 3), nn.ReLU()
+
+    def forward(self, x):
+        return self.relu(self.conv(x)) + self.conv.forward(x) + self.relu.forward(-x).mean()
 
 
 class Keeps(nn.Module):
@@ -450,6 +483,7 @@ class Noise(WithoutGrad):
                 "conv (Conv2d): the model (Untraceable), whose forward cannot be traced",
             ],
         ),
+        (CallsForward(), ["conv (Conv2d): the model (CallsForward), whose forward calls the forward of a module"]),
         (Keeps(), ["conv (Conv2d): the model (Keeps), whose forward keeps attributes or makes tensors"]),
         (WithoutGrad(), ["max_pool2d() in the model (WithoutGrad): its forward switches autograd or autocast"]),
         (Decorated(), ["conv (Conv2d): the model (Decorated), whose forward is decorated"]),
