@@ -4,12 +4,14 @@ PYTHON ?= python3
 RUN := $(VENV)/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all lint clean
+.PHONY: help demo test test-all bench kernel-table lint clean
 
 help:
 	@echo "make demo      train a small AlexNet on real pictures and show what it learnt (results in runs/demo)"
 	@echo "make test      the fast tests, on the CPU"
 	@echo "make test-all  all tests"
+	@echo "make bench     timings in pairs against PyTorch"
+	@echo "make kernel-table  machine code and traffic of the kernels, into docs/kernels.md"
 	@echo "make lint      ruff and mypy"
 	@echo "make clean     remove $(VENV)"
 
@@ -29,6 +31,12 @@ test: $(VENV)/installed
 
 test-all: $(VENV)/installed
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 --dist loadfile
+
+bench: $(VENV)/installed
+	$(RUN) -m pytest benchmarks --benchmark-only
+
+kernel-table: $(VENV)/installed
+	$(RUN) -m fastalex.kernels.offline --markdown docs/kernels.md
 
 lint: $(VENV)/installed
 	$(RUN) -m ruff check
