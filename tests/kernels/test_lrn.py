@@ -419,11 +419,17 @@ def test_offsets_are_64_bit(kernel, large, builds):
     assert len(narrow) <= (0 if large else 2), narrow
 
 
+def stays_in_registers(build, kernel):
+    """No shared memory; Triton before 3.7 sends the backward pass's exchange between lanes through it."""
+    shuffles = tuple(int(n) for n in triton.__version__.split(".")[:2]) >= (3, 7)
+    return build["shared"] == 0 or (kernel == "lrn_bwd_kernel" and not shuffles)
+
+
 @pytest.mark.parametrize("target", [80, 90, 100])
 @pytest.mark.parametrize("kernel", ["lrn_fwd_kernel", "lrn_bwd_kernel"])
 def test_channels_last_kernels_stay_in_registers(kernel, target, builds):
     build = builds[f"{kernel} {target}"]
-    assert build["shared"] == 0
+    assert stays_in_registers(build, kernel)
     assert "ld.global.v4.b32" in build["ptx"]
     assert "st.global.v4.b32" in build["ptx"]
     assert "ld.global.b16" not in build["ptx"]
@@ -435,5 +441,5 @@ def test_amd_compiles(kernel, builds):
     build = builds[f"{kernel} gfx942"]
     assert "s_endpgm" in build["amdgcn"]
     if kernel in ("lrn_fwd_kernel", "lrn_bwd_kernel"):
-        assert build["shared"] == 0
+        assert stays_in_registers(build, kernel)
         assert "global_load_dwordx4" in build["amdgcn"]
