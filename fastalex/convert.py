@@ -140,6 +140,10 @@ class _Forward:
     def __wrapped__(self) -> Any:  # what inspect.signature shows
         return types.MethodType(type(self.owner).forward, self.owner)
 
+    @property
+    def __code__(self) -> types.CodeType:  # what torch.export names its guards after
+        return self.compiled[self.owner.training].__code__
+
     def __getstate__(self) -> dict[str, Any]:
         return {"owner": self.owner, "sources": self.sources}
 

@@ -708,6 +708,15 @@ def test_a_fused_model_compiles_as_one_graph(kind):
     torch.testing.assert_close(compiled(x), fused(x))
 
 
+@pytest.mark.parametrize("kind", [Plain, Functional])
+def test_a_fused_model_can_be_exported(kind):
+    fused = fastalex.fuse(kind().eval())
+    x = torch.randn(X)
+    exported = torch.export.export(fused, (x,))
+    assert "fastalex.conv2d_relu.default" in {str(node.target) for node in exported.graph.nodes}
+    torch.testing.assert_close(exported.module()(x), fused(x))
+
+
 def test_attributes_of_the_class_stay_usable():
     model = Functional()
     model.note = "mine"
