@@ -8,6 +8,7 @@ The geometries are data here, because kernels know no models; a test runs each m
 
 import contextlib
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from triton.runtime.jit import KernelInterface
@@ -83,17 +84,17 @@ class Entry:
             if self.fused:
                 relu_bias_grad.sum_partials(out[1])
         else:
-            wanted = {"codes": self.direction == "forward", "after_relu": self.fused}
+            codes = self.direction == "forward"
             if self.operation == "max_pool":
-                max_pool.max_pool_fwd(x, *POOL, False, **wanted)
+                max_pool.max_pool_fwd(x, *POOL, False, codes=codes, after_relu=self.fused)
             else:
                 *norm, groups = self.norm
-                lrn_max_pool.lrn_max_pool_fwd(x, *norm, groups=groups, **wanted)
+                lrn_max_pool.lrn_max_pool_fwd(x, *norm, groups=groups, codes=codes, after_relu=self.fused)
 
 
 @dataclass(frozen=True)
 class Launch:
-    kernel: object
+    kernel: Any  # JITFunction, or the interpreter's stand-in for it
     grid: tuple
     args: tuple
     constants: dict

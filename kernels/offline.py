@@ -122,19 +122,26 @@ def read_cubin(cubin):
     return instructions(sass), usage
 
 
+def number_after(label, text):
+    found = re.search(rf"{re.escape(label)}\s*(\d+)", text)
+    if found is None:
+        raise ValueError(f"no {label!r} in the compiler's report")
+    return int(found[1])
+
+
 def measured_cubin(built, launch, elements):
     code, usage = read_cubin(built.asm["cubin"])
     thread = issued(code, trips(launch))
     threads = launch.programs * launch.constants["num_warps"] * 32
     opcodes = Counter(opcode for _, opcode, *_ in code)
-    widths = {"loads": Counter(), "stores": Counter()}
+    widths: dict[str, Counter[int]] = {"loads": Counter(), "stores": Counter()}
     for opcode, number in opcodes.items():
         kind = {"LDG": "loads", "STG": "stores"}.get(opcode.split(".")[0])
         if kind:
             widths[kind][access_bytes(opcode)] += number
     return {
-        "registers": int(re.search(r"REG:(\d+)", usage)[1]),
-        "stack": int(re.search(r"STACK:(\d+)", usage)[1]),
+        "registers": number_after("REG:", usage),
+        "stack": number_after("STACK:", usage),
         "spills": sum(number for opcode, number in opcodes.items() if opcode.startswith(("LDL", "STL"))),
         **widths,
         "instructions": None if thread is None else thread * threads / elements,
@@ -145,9 +152,9 @@ def measured_amdgcn(built):
     text = built.asm["amdgcn"]
 
     def field(name):
-        return int(re.search(rf"\.{name}:\s*(\d+)", text)[1])
+        return number_after(f".{name}:", text)
 
-    widths = {"loads": Counter(), "stores": Counter()}
+    widths: dict[str, Counter[int]] = {"loads": Counter(), "stores": Counter()}
     sizes = {"ubyte": 1, "sbyte": 1, "byte": 1, "ushort": 2, "short": 2, "dword": 4}
     for kind, size, number in re.findall(r"(?:global|buffer)_(load|store)_([a-z]+?)(?:_d16\w*|x(\d))?\s", text):
         widths[f"{kind}s"][sizes[size] * int(number or 1)] += 1
@@ -227,22 +234,25 @@ class Worker:
             stderr=subprocess.DEVNULL,
             text=True,
         )
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        self.requests, self.answers = self.process.stdin, self.process.stdout
 
     def ask(self, request):
         """The answer, or None if the process died over it."""
         try:
-            self.process.stdin.write(json.dumps(request) + "\n")
-            self.process.stdin.flush()
-            return json.loads(self.process.stdout.readline())
+            self.requests.write(json.dumps(request) + "\n")
+            self.requests.flush()
+            return json.loads(self.answers.readline())
         except (BrokenPipeError, json.JSONDecodeError):
             return None
 
     def close(self):
         with contextlib.suppress(BrokenPipeError):
-            self.process.stdin.close()
+            self.requests.close()
         self.process.terminate()
         self.process.wait()
-        self.process.stdout.close()
+        self.answers.close()
         self.directory.cleanup()
 
 
@@ -272,7 +282,7 @@ def results(requests, processes=2):
     An entry that does not compile maps to {"error": why}.  Only results without an error are kept in the cache.
     """
     found = {}
-    waiting = queue.Queue()
+    waiting: queue.Queue[tuple[tuple[str, str], Path]] = queue.Queue()
     # a process serves one kind of target; the fused forward, which takes longest to compile, comes first
     for request in sorted(
         set(requests),

@@ -41,7 +41,7 @@ class Sectors:
 def counting():
     """The launches in the block run; the list that it gets receives (kernel, bytes read, bytes written) of each."""
     counted = []
-    current = []
+    current: list = []
     getitem, load, store = (
         KernelInterface.__getitem__,
         InterpreterBuilder.create_masked_load,
