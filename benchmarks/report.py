@@ -1,7 +1,7 @@
 """From a benchmark's JSON to a small dated result and a table.
 
     pytest benchmarks/ --benchmark-only --benchmark-json=full.json
-    python -m benchmarks.report full.json        # writes benchmarks/results/DATE-cpu.json, prints Markdown
+    python -m benchmarks.report full.json        # writes benchmarks/results/DATE-cpu.json and the README's table
 
 pytest-benchmark's file keeps every round; what is worth keeping for years is the medians, their ratio, and the machine.
 """
@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 RESULTS = Path(__file__).with_name("results")
+README = Path(__file__).parents[1] / "README.md"
+MARKERS = ("<!-- cpu results -->\n", "<!-- end of cpu results -->")
 
 
 def reduced(full: dict[str, Any]) -> dict[str, Any]:
@@ -49,13 +51,19 @@ def markdown(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def with_table(text: str, table: str) -> str:
+    """The text with the table between the two markers in the place of what stood there."""
+    before, rest = text.split(MARKERS[0])
+    return f"{before}{MARKERS[0]}{table}\n{MARKERS[1]}{rest.split(MARKERS[1])[1]}"
+
+
 def main(path: str) -> None:
     result = reduced(json.loads(Path(path).read_text()))
     RESULTS.mkdir(exist_ok=True)
     target = RESULTS / f"{result['date']}-cpu.json"
     target.write_text(json.dumps(result, indent=1) + "\n")
-    print(markdown(result))
-    print(f"\nwritten: {target}", file=sys.stderr)
+    README.write_text(with_table(README.read_text(), markdown(result)))
+    print(f"written: {target}, and the table in {README.name}")
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 import pytest
 
-from benchmarks.report import markdown, reduced
+from benchmarks.report import MARKERS, README, markdown, reduced, with_table
 
 FULL = {
     "datetime": "2026-01-02T03:04:05",
@@ -34,3 +34,9 @@ def test_table_names_the_machine_and_keeps_losing_rows():
 def test_empty_run_is_no_result():
     with pytest.raises(ValueError, match="holds no benchmark"):
         reduced({**FULL, "benchmarks": []})
+
+
+def test_the_table_replaces_the_old_one():
+    text = f"before\n{MARKERS[0]}old\n{MARKERS[1]}\nafter\n"
+    assert with_table(text, "new") == f"before\n{MARKERS[0]}new\n{MARKERS[1]}\nafter\n"
+    assert all(README.read_text().count(marker) == 1 for marker in MARKERS)
