@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from fastalex import functional as F
 from fastalex.functional import ResponseNorm
-from fastalex.nn import ConvReLU2d, LinearReLUDropout, LocalResponseNorm, LRNMaxPool2d, MaxPool2d
+from fastalex.nn import ConvReLU2d, LinearReLUDropout, LocalResponseNorm, LRNMaxPool2d, MaxPool2d, has_hooks
 
 
 @dataclass(frozen=True)
@@ -162,8 +162,7 @@ def _is_fusible(stage: list[nn.Module]) -> bool:
     plain = isinstance(pool, LRNMaxPool2d) or (
         pool.padding == 0 and pool.dilation == 1 and not pool.ceil_mode and not pool.return_indices
     )
-    hooked = any(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks for m in stage)
-    return plain and not hooked
+    return plain and not any(has_hooks(module) for module in stage)
 
 
 class AlexNet(nn.Module):

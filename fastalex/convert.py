@@ -30,7 +30,15 @@ from torch import fx, nn
 
 from fastalex import functional as F
 from fastalex.kernels.window_code import MAX_CELLS
-from fastalex.nn import ConvReLU2d, LinearReLUDropout, LocalResponseNorm, LRNMaxPool2d, MaxPool2d
+from fastalex.nn import (
+    ConvReLU2d,
+    LinearReLUDropout,
+    LocalResponseNorm,
+    LRNMaxPool2d,
+    MaxPool2d,
+    has_hooks,
+    numeric_padding,
+)
 from fastalex.reference import pair
 
 __all__ = ["Report", "fuse", "unfuse"]
@@ -289,7 +297,7 @@ class _Fusion:
                     parts.append(_call_name(node))
                     self._erase(self._container(module, node), node)
             if isinstance(module, nn.Conv2d):
-                self._turn(module, ConvReLU2d, padding=_padding(module))
+                self._turn(module, ConvReLU2d, padding=numeric_padding(module))
             else:
                 dropout = dropouts[module]
                 self._turn(module, LinearReLUDropout, p=0.0 if dropout is None else dropout.p)
@@ -572,8 +580,7 @@ def _only_called(cls: type, children: set[str]) -> set[str]:
 
 def _is_special(module: nn.Module) -> bool:
     """Whether somebody looks at the module's tensors or changed what it computes."""
-    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
-    return any(hooks) or "forward" in module.__dict__
+    return has_hooks(module) or "forward" in module.__dict__
 
 
 def _layer_fault(layer: Any) -> str | None:
@@ -587,19 +594,9 @@ def _layer_fault(layer: Any) -> str | None:
     if isinstance(layer, nn.Conv2d):
         if layer.padding_mode != "zeros":
             return f"padding_mode is {layer.padding_mode!r}"
-        if layer.padding == "same" and any(
-            d * (k - 1) % 2 for d, k in zip(layer.dilation, layer.kernel_size, strict=True)
-        ):
+        if numeric_padding(layer) is None:
             return f'padding="same" with kernel_size {layer.kernel_size} is not symmetric'
     return None
-
-
-def _padding(conv: Any) -> tuple[int, int]:
-    if conv.padding == "valid":
-        return 0, 0
-    if conv.padding == "same":
-        return pair([d * (k - 1) // 2 for d, k in zip(conv.dilation, conv.kernel_size, strict=True)])
-    return conv.padding
 
 
 def _norm_fault(norm: Any) -> str | None:

@@ -10,7 +10,22 @@ from typing import Any
 from torch import Tensor, nn
 
 from fastalex import functional as F
-from fastalex.reference import IntOrPair
+from fastalex.reference import IntOrPair, pair
+
+
+def numeric_padding(conv: nn.Conv2d) -> tuple[int, int] | None:
+    """The padding (height, width) of a convolution in numbers; None where "same" would pad one side more."""
+    if conv.padding == "valid":
+        return 0, 0
+    if conv.padding == "same":
+        total = [d * (k - 1) for d, k in zip(conv.dilation, conv.kernel_size, strict=True)]
+        return None if any(t % 2 for t in total) else pair([t // 2 for t in total])
+    return pair(conv.padding)  # type: ignore[arg-type]
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether somebody looks at the module's tensors, forward or backward."""
+    return any((module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks))
 
 
 class ConvReLU2d(nn.Conv2d):
@@ -35,12 +50,10 @@ class ConvReLU2d(nn.Conv2d):
         super().__init__(
             in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, device=device, dtype=dtype
         )
-        if isinstance(self.padding, str):
-            spread = [d * (k - 1) for d, k in zip(self.dilation, self.kernel_size, strict=True)]
-            if self.padding == "same" and any(s % 2 for s in spread):
-                raise ValueError(f'padding="same" needs odd kernels, got kernel_size {self.kernel_size}')
-            same = tuple(s // 2 for s in spread)
-            self.padding = (0, 0) if self.padding == "valid" else same  # type: ignore[assignment]
+        padding_numbers = numeric_padding(self)
+        if padding_numbers is None:
+            raise ValueError(f'padding="same" needs odd kernels, got kernel_size {self.kernel_size}')
+        self.padding = padding_numbers
 
     def forward(self, input: Tensor) -> Tensor:
         geometry: Any = (self.stride, self.padding, self.dilation, self.groups)

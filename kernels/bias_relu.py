@@ -11,7 +11,8 @@ import torch
 import triton
 import triton.language as tl
 
-from .registers import DTYPES, is_channels_last, pack, unpack, vector_width, warps
+from .layout import is_channels_last
+from .registers import DTYPES, pack, unpack, vector_width, warps
 
 THREADS = 128
 

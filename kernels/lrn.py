@@ -26,12 +26,10 @@ import torch
 import triton
 import triton.language as tl
 
+from .layout import dense, in_layout_of, is_channels_last
 from .registers import (
     DTYPES,
-    dense,
-    in_layout_of,
     inverse_power,
-    is_channels_last,
     next_power_of_2,
     pack,
     take,

@@ -20,21 +20,10 @@ import triton
 import triton.language as tl
 
 from . import window_code
+from .layout import dense, in_layout_of, is_channels_last
 from .lrn import denominators, gradient_terms, load_planes, load_window
 from .max_pool import gather_2x2
-from .registers import (
-    DTYPES,
-    dense,
-    in_layout_of,
-    inverse_power,
-    is_channels_last,
-    pack,
-    take,
-    unpack,
-    use_asm,
-    vector_width,
-    window_sums,
-)
+from .registers import DTYPES, inverse_power, pack, take, unpack, use_asm, vector_width, window_sums
 
 MAX_SIZE = 9
 

@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .layout import memory_format
 from .registers import DTYPES, pack, unpack, use_asm, vector_width
 from .window_code import MAX_CELLS, one_hot
 
@@ -758,11 +759,6 @@ class Window:
                 f"padding {self.padding}, dilation {self.dilation} give output size {tuple(out)}"
             )
         return out[0], out[1]
-
-
-def memory_format(x: Tensor) -> torch.memory_format:
-    """The nearer of the two layouts: channels_last where channels are next to each other, else NCHW."""
-    return torch.channels_last if x.stride(1) == 1 and not x.is_contiguous() else torch.contiguous_format
 
 
 def channels_per_access(x: Tensor) -> int:

@@ -1,4 +1,4 @@
-"""Building blocks that the kernels share: memory layouts, channel vectors as registers, window sums, powers.
+"""Building blocks that the kernels share: channel vectors as registers, window sums, powers.
 
 A thread holds 16 bytes of consecutive channels (8 of fp16/bf16, 4 of fp32) as separate register tensors.
 Windows over channels are then plain unrolled scalar code: no shared memory, no shuffles.
@@ -29,32 +29,6 @@ def warps(threads):
 def vector_width(dtype):
     """Elements in the 16 bytes that a thread loads or stores at once."""
     return 16 // dtype.itemsize
-
-
-def is_channels_last(x):
-    """Whether memory is packed with the channels (dimension 1) innermost.  One channel counts as contiguous."""
-    return x.shape[1] > 1 and x.movedim(1, -1).is_contiguous()
-
-
-def dense(x):
-    """x if it is packed, channels last or contiguous; otherwise a packed copy in the nearer layout.
-
-    Nearer: channels last if no dimension of more than one element has a smaller stride than the channels.
-    """
-    if x.is_contiguous() or is_channels_last(x):
-        return x
-    # an expanded dimension (stride 0) says nothing about the layout
-    strides = [stride for size, stride in zip(x.shape, x.stride(), strict=True) if size > 1 and stride > 0]
-    if x.shape[1] > 1 and x.stride(1) == min(strides, default=0):
-        return x.movedim(1, -1).contiguous().movedim(-1, 1)
-    return x.contiguous()
-
-
-def in_layout_of(x, t):
-    """t with the strides of the dense tensor x (same shape): t itself, or a copy."""
-    if is_channels_last(x):
-        return t.movedim(1, -1).contiguous().movedim(-1, 1)
-    return t.contiguous()
 
 
 @triton.constexpr_function

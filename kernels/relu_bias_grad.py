@@ -11,7 +11,8 @@ import torch
 import triton
 import triton.language as tl
 
-from .registers import DTYPES, dense, in_layout_of, is_channels_last, warps
+from .layout import dense, in_layout_of, is_channels_last
+from .registers import DTYPES, warps
 
 THREADS = 128
 # Elements that a program handles at once: 16 per thread, two 16-byte loads of grad and of y in fp16.

@@ -25,7 +25,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fastalex.cpu.pieces import ONE_THREAD, SERIAL, channel_blocks, dense, in_layout_of, pieces, scratch
+from fastalex.cpu.pieces import ONE_THREAD, SERIAL, channel_blocks, pieces, scratch
+from fastalex.kernels.layout import dense, in_layout_of
 
 
 @torch.no_grad()

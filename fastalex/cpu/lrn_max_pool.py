@@ -18,7 +18,8 @@ from fastalex.cpu.max_pool import (
     empty_in_layout_of,
     images_per_block,
 )
-from fastalex.cpu.pieces import channel_blocks, dense, in_layout_of, is_channels_last, pieces
+from fastalex.cpu.pieces import channel_blocks, pieces
+from fastalex.kernels.layout import dense, in_layout_of, is_channels_last
 
 KERNEL_SIZE = (3, 3)
 STRIDE = (2, 2)

@@ -16,8 +16,9 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from fastalex.cpu.pieces import SERIAL, dense, in_layout_of, is_channels_last, scratch
+from fastalex.cpu.pieces import SERIAL, scratch
 from fastalex.kernels import window_code
+from fastalex.kernels.layout import dense, in_layout_of, is_channels_last
 
 Pair = tuple[int, int]
 

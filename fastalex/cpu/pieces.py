@@ -4,8 +4,8 @@ A chain of elementwise operations over a whole tensor is bound by memory: each o
 Here a piece goes through the whole chain before the next one starts, in buffers that are reused, so memory is
 read once and written once.
 
-Threads.  PyTorch splits each operation over its threads and waits for all of them.  On a quiet machine that
-gives 1.7 times the speed on two cores.  When another program holds a core, every one of a thousand small
+Threads.  PyTorch splits each operation over its threads and waits for all of them.  On two quiet cores of a
+Sapphire Rapids that gave 1.7 times the speed.  When another program holds a core, every one of a thousand small
 operations can wait a scheduler's time slice for the thread that is not running: 20 ms of work then took 0.5 to
 2.4 seconds.  So parallel pieces are timed against serial ones of the same call, and the first that is slower
 than one thread would have been ends the attempt.  The next attempt has to wait until `PATIENCE` times the lost
@@ -21,6 +21,8 @@ from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
+
+from fastalex.kernels.layout import is_channels_last
 
 # Elements per operation.  On one thread, LRN forward took 9 to 22 % longer with 32768 and 48 to 98 % longer with 8192,
 # because an operation costs 2 us for its call.
@@ -89,32 +91,6 @@ def pieces(items: int, per_piece: Callable[[int], int]) -> Iterator[tuple[int, i
 def _ranges(start: int, stop: int, step: int, limit: int) -> Iterator[tuple[int, int, int]]:
     for begin in range(start, stop, step):
         yield begin, min(begin + step, stop), limit
-
-
-def is_channels_last(x: Tensor) -> bool:
-    """Whether memory is packed with the channels (dimension 1) innermost.  One channel counts as contiguous."""
-    return x.shape[1] > 1 and x.movedim(1, -1).is_contiguous()
-
-
-def dense(x: Tensor) -> Tensor:
-    """x if it is packed, channels last or contiguous; otherwise a packed copy in the nearer layout.
-
-    Nearer: channels last if no dimension of more than one element has a smaller stride than the channels.
-    """
-    if x.is_contiguous() or is_channels_last(x):
-        return x
-    # an expanded dimension (stride 0) says nothing about the layout
-    strides = [stride for size, stride in zip(x.shape, x.stride(), strict=True) if size > 1 and stride > 0]
-    if x.shape[1] > 1 and x.stride(1) == min(strides, default=0):
-        return x.movedim(1, -1).contiguous().movedim(-1, 1)
-    return x.contiguous()
-
-
-def in_layout_of(x: Tensor, t: Tensor) -> Tensor:
-    """t in the memory layout of the dense tensor x: t itself, or a copy."""
-    if is_channels_last(x):
-        return t.movedim(1, -1).contiguous().movedim(-1, 1)
-    return t.contiguous()
 
 
 def channel_blocks(x: Tensor, groups: int = 1) -> Tensor:

@@ -11,8 +11,8 @@ from torch import Tensor
 from torchvision.transforms.v2 import functional as transforms
 
 from fastalex.alexnet import AlexNet, alexnet
+from fastalex.checkpoint import ModelCard, load_model
 from fastalex.data.preprocessing import Preprocessing
-from fastalex.training.checkpoint import ModelCard, load_model
 
 IMAGENET_CLASSES = 1000
 

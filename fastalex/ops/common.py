@@ -11,15 +11,7 @@ import torch
 from torch import Tensor
 
 from fastalex import backend
-
-_CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
-
-
-def memory_format(input: Tensor) -> torch.memory_format:
-    """The format nearest to the input's strides: channels_last where the channels lie next to each other."""
-    if input.dim() in _CHANNELS_LAST and input.stride(1) == 1 and not input.is_contiguous():
-        return _CHANNELS_LAST[input.dim()]
-    return torch.contiguous_format
+from fastalex.kernels.layout import memory_format
 
 
 def dense(input: Tensor) -> Tensor:

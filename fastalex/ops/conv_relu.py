@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastalex import backend
-from fastalex.ops.common import dense, device_of, empty, implementation, memory_format, refuse_double_backward
+from fastalex.kernels.layout import memory_format
+from fastalex.ops.common import dense, device_of, empty, implementation, refuse_double_backward
 
 NAME = "conv2d_relu"
 

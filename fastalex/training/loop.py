@@ -19,9 +19,9 @@ from torch import nn
 from torch.optim import SGD, lr_scheduler
 
 from fastalex.alexnet import AlexNet
+from fastalex.checkpoint import MODEL, STATE, ModelCard, load_state, save_model, save_state
 from fastalex.data.image_sets import ImageSet
 from fastalex.evaluation.metrics import evaluate
-from fastalex.training.checkpoint import MODEL, STATE, ModelCard, load_state, save_model, save_state
 from fastalex.training.recipes import Recipe
 
 AMP_DTYPES = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -60,7 +60,7 @@ def train(
     device = next(model.parameters()).device
     card = ModelCard(model.variant, data.classes, data.preprocessing, recipe.dropout)
 
-    # fused: one kernel for all parameters, 1.2x faster steps than the default on a CPU at batch 32
+    # fused: one kernel for all parameters, 1.2x faster steps than the default at batch 32 on a Sapphire Rapids
     optimizer = SGD(model.parameters(), recipe.lr, recipe.momentum, weight_decay=recipe.weight_decay, fused=True)
     steps = -(-data.count("train") // recipe.batch_size)
     schedule = make_schedule(optimizer, recipe, steps)

@@ -4,7 +4,7 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from offline import compiled
+from compiling import compiled
 from tolerances import assert_matches
 
 from fastalex.kernels import bias_relu as module

@@ -5,13 +5,14 @@ import torch
 import torch.nn.functional as F
 import triton
 import triton.language as tl
-from offline import compiled
+from compiling import compiled
 from tolerances import assert_matches
 
 from fastalex import reference
 from fastalex.kernels import lrn
+from fastalex.kernels.layout import is_channels_last
 from fastalex.kernels.lrn import lrn_bwd, lrn_fwd
-from fastalex.kernels.registers import interpreting, is_channels_last
+from fastalex.kernels.registers import interpreting
 
 LAYOUTS = ("channels_last", "contiguous")
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)

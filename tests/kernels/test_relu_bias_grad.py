@@ -4,11 +4,12 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from offline import compiled
+from compiling import compiled
 from tolerances import assert_matches
 
 from fastalex.kernels import relu_bias_grad as module
-from fastalex.kernels.registers import interpreting, is_channels_last
+from fastalex.kernels.layout import is_channels_last
+from fastalex.kernels.registers import interpreting
 from fastalex.kernels.relu_bias_grad import relu_bias_grad, sum_partials
 
 LAYOUTS = ("channels_last", "contiguous")

@@ -6,11 +6,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from fastalex import AlexNet, alexnet
+from fastalex import AlexNet, alexnet, checkpoint
+from fastalex.checkpoint import MODEL, STATE
 from fastalex.data.image_sets import FashionMNIST
 from fastalex.evaluation.metrics import evaluate, in_top
-from fastalex.training import checkpoint, loop
-from fastalex.training.checkpoint import MODEL, STATE
+from fastalex.training import loop
 from fastalex.training.recipes import DEMO_RECIPE, PAPER_RECIPE
 
 pytest.importorskip("safetensors")
