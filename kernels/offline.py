@@ -82,8 +82,28 @@ def trips(launch):
     return launch.argument(counters[launch.name]) if launch.name in counters else None
 
 
+# The pipe that executes an instruction, by the first part of its opcode; what is not here goes to the ALU, and what
+# begins with U to the uniform datapath.
+PIPES = {
+    "fma": "FADD FMUL FFMA FADD2 FMUL2 FFMA2 HADD2 HMUL2 HFMA2 IMAD",
+    "xu": "MUFU F2F F2I I2F FRND POPC",
+    "lsu": "LD LDC LDG LDGSTS LDL LDS LDSM LDTM ST STG STL STS STSM STTM ATOM ATOMG ATOMS RED SHFL",
+    "tensor": "DMMA HGMMA HMMA IGMMA IMMA QGMMA QMMA UTCHMMA UTCIMMA UTCQMMA",
+    "control": (
+        "BAR BRA BRX BREAK BSSY BSYNC CALL DEPBAR EXIT FENCE JMP LDGDEPBAR MEMBAR NANOSLEEP RET SYNCS WARPGROUP "
+        "WARPSYNC YIELD"
+    ),
+}
+PIPE_OF = {opcode: pipe for pipe, opcodes in PIPES.items() for opcode in opcodes.split()}
+
+
+def pipe(opcode):
+    first = opcode.split(".")[0]
+    return PIPE_OF.get(first) or ("uniform" if first.startswith("U") else "alu")
+
+
 def issued(code, count):
-    """Instructions that a thread issues, those of the loop `count` times; None if that is needed and not known.
+    """How often a thread issues each opcode, those of the loop `count` times; None if that is needed and not known.
 
     A conditional branch forward over code without a loop is taken: what lies behind it is a rare case (max-pool's
     repair of infinities and NaN).
@@ -97,10 +117,10 @@ def issued(code, count):
         for address, target, condition in jumps
         if target > address and condition and not any(address < first < target for first, _ in loops)
     ]
-    total = 0
-    for address, *_ in code:
+    total: Counter[str] = Counter()
+    for address, opcode, *_ in code:
         if not any(start < address < stop for start, stop in rare):
-            total += count if any(first <= address <= last for first, last in loops) else 1
+            total[opcode] += count if any(first <= address <= last for first, last in loops) else 1
     return total
 
 
@@ -133,6 +153,9 @@ def measured_cubin(built, launch, elements):
     code, usage = read_cubin(built.asm["cubin"])
     thread = issued(code, trips(launch))
     threads = launch.programs * launch.constants["num_warps"] * 32
+    pipes: Counter[str] = Counter()
+    for opcode, number in (thread or {}).items():
+        pipes[pipe(opcode)] += number * threads / elements
     opcodes = Counter(opcode for _, opcode, *_ in code)
     widths: dict[str, Counter[int]] = {"loads": Counter(), "stores": Counter()}
     for opcode, number in opcodes.items():
@@ -144,7 +167,8 @@ def measured_cubin(built, launch, elements):
         "stack": number_after("STACK:", usage),
         "spills": sum(number for opcode, number in opcodes.items() if opcode.startswith(("LDL", "STL"))),
         **widths,
-        "instructions": None if thread is None else thread * threads / elements,
+        "instructions": None if thread is None else thread.total() * threads / elements,
+        "pipes": pipes,
     }
 
 
@@ -164,6 +188,7 @@ def measured_amdgcn(built):
         "spills": field("vgpr_spill_count") + field("sgpr_spill_count"),
         **widths,
         "instructions": None,
+        "pipes": {},
     }
 
 
@@ -180,7 +205,16 @@ def compile_entry(name, target):
         seconds = time.perf_counter() - start
         elements = entry.image_elements * catalog.BATCH
         code = measured_cubin(built, launch, elements) if "cubin" in built.asm else measured_amdgcn(built)
-        out.append({"kernel": launch.name, "shared": built.metadata.shared, **code, "seconds": round(seconds, 1)})
+        out.append(
+            {
+                "kernel": launch.name,
+                "programs": launch.programs,
+                "warps": built.metadata.num_warps,
+                "shared": built.metadata.shared,
+                **code,
+                "seconds": round(seconds, 1),
+            }
+        )
     return out
 
 

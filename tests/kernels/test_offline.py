@@ -178,8 +178,17 @@ def test_instructions_are_weighted_by_their_loop():
     assert [opcode for _, opcode, *_ in code][:3] == ["IMAD.MOV.U32", "LDG.E.128", "BRA"]
     assert len(code) == 8
     # the move, the exit and the trap once; load and two branches three times; the rare case never
-    assert offline.issued(code, 3) == 3 + 3 * 3
+    assert offline.issued(code, 3) == {"IMAD.MOV.U32": 1, "LDG.E.128": 3, "BRA": 3 + 3 + 1, "EXIT": 1}
     assert offline.issued(code, None) is None
+
+
+def test_pipes():
+    opcodes = {
+        "FFMA": "fma", "HADD2.F32": "fma", "IMAD.MOV.U32": "fma", "MUFU.RSQ": "xu", "F2FP.F16.F32.PACK_AB": "alu",
+        "LOP3.LUT": "alu", "LDG.E.128": "lsu", "HGMMA.64x64x16.F32": "tensor", "UTCHMMA": "tensor", "UIADD3": "uniform",
+        "BRA": "control",
+    }  # fmt: skip
+    assert {opcode: offline.pipe(opcode) for opcode in opcodes} == opcodes
 
 
 def test_access_bytes():
