@@ -19,6 +19,7 @@ from torch import Tensor
 from fastalex import backend, ops, reference
 from fastalex.kernels.window_code import MAX_CELLS
 from fastalex.ops import conv_relu
+from fastalex.ops.common import call
 from fastalex.reference import IntOrPair, pair, pooled_size
 
 __all__ = [
@@ -60,7 +61,7 @@ def conv2d_relu(
     _check_conv2d(input, weight, bias, stride, padding, dilation, groups)
     if backend.takes_reference("conv2d_relu", input):
         return reference.conv2d_relu(input, weight, bias, stride, padding, dilation, groups)
-    return ops.conv2d_relu(input, weight, bias, pair(stride), pair(padding), pair(dilation), groups)
+    return call(ops.conv2d_relu, input, weight, bias, pair(stride), pair(padding), pair(dilation), groups)
 
 
 def local_response_norm(
@@ -75,7 +76,7 @@ def local_response_norm(
     _check_lrn(input, size, groups)
     if backend.takes_reference("local_response_norm", input):
         return reference.local_response_norm(input, size, alpha, beta, k, groups=groups)
-    return ops.local_response_norm(input, size, alpha, beta, k, groups)
+    return call(ops.local_response_norm, input, size, alpha, beta, k, groups)
 
 
 def max_pool2d(
@@ -105,10 +106,10 @@ def max_pool2d(
     if backend.takes_reference("max_pool2d", input):
         return reference.max_pool2d(input, window, step, pad, spread, ceil_mode, return_indices)
     codes_wanted = return_indices or _needs_grad(input)
-    output, codes = ops.max_pool2d(input, window, step, pad, spread, ceil_mode, codes_wanted)
+    output, codes = call(ops.max_pool2d, input, window, step, pad, spread, ceil_mode, codes_wanted)
     if not return_indices:
         return output
-    return output, ops.max_pool2d_indices(codes, input.shape[2:], window, step, pad, spread)
+    return output, call(ops.max_pool2d_indices, codes, input.shape[2:], window, step, pad, spread)
 
 
 def lrn_max_pool2d(
@@ -134,7 +135,8 @@ def lrn_max_pool2d(
     _check_pool(input, window, step, (0, 0), (1, 1), False)
     if backend.takes_reference("lrn_max_pool2d", input):
         return reference.lrn_max_pool2d(input, size, alpha, beta, k, window, step, groups=groups)
-    return ops.lrn_max_pool2d(input, size, alpha, beta, k, groups, window, step, after_relu, _needs_grad(input))[0]
+    codes_wanted = _needs_grad(input)
+    return call(ops.lrn_max_pool2d, input, size, alpha, beta, k, groups, window, step, after_relu, codes_wanted)[0]
 
 
 def conv2d_relu_max_pool2d(
@@ -169,7 +171,8 @@ def conv2d_relu_max_pool2d(
         if norm is not None:
             output = reference.local_response_norm(output, *norm[:4], groups=norm.groups)
         return reference.max_pool2d(output, window, step)  # type: ignore[return-value]
-    return ops.conv2d_relu_pool(
+    return call(
+        ops.conv2d_relu_pool,
         input,
         weight,
         bias,
@@ -207,7 +210,7 @@ def linear_relu_dropout(
     if p == 1 or backend.takes_reference("linear_relu_dropout", input):  # nothing is left to fuse where all is dropped
         return reference.linear_relu_dropout(input, weight, bias, p, training)
     seed = torch.randint(2**62, (1,), device=input.device) if p > 0 else None
-    return ops.linear_relu_dropout(input, weight, bias, p, seed)
+    return call(ops.linear_relu_dropout, input, weight, bias, p, seed)
 
 
 def _needs_grad(*tensors: Tensor | None) -> bool:

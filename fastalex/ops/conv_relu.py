@@ -11,7 +11,16 @@ from torch import Tensor
 
 from fastalex import backend
 from fastalex.kernels.layout import memory_format
-from fastalex.ops.common import dense, device_of, empty, implementation, refuse_double_backward
+from fastalex.ops.common import (
+    call,
+    dense,
+    device_of,
+    differentiable,
+    empty,
+    implementation,
+    operator,
+    refuse_double_backward,
+)
 
 NAME = "conv2d_relu"
 
@@ -90,7 +99,7 @@ def output_shape(
     return (input.shape[0], weight.shape[0], *spatial)
 
 
-@torch.library.custom_op("fastalex::conv2d_relu", mutates_args=(), device_types=("cpu", "cuda"))
+@operator("fastalex::conv2d_relu")
 def conv2d_relu(
     input: Tensor,
     weight: Tensor,
@@ -122,7 +131,7 @@ def _(
     )
 
 
-@torch.library.custom_op("fastalex::conv2d_relu_backward", mutates_args=(), device_types=("cpu", "cuda"))
+@operator("fastalex::conv2d_relu_backward")
 def conv2d_relu_backward(
     grad: Tensor,
     input: Tensor,
@@ -177,9 +186,9 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     input, weight, output = ctx.saved_tensors
     needs = [ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.has_bias and ctx.needs_input_grad[2]]
-    grads = conv2d_relu_backward(grad, input, weight, output, *ctx.parameters, needs)
+    grads = call(conv2d_relu_backward, grad, input, weight, output, *ctx.parameters, needs)
     return (*(g if need else None for g, need in zip(grads, needs, strict=True)), None, None, None, None)
 
 
-conv2d_relu.register_autograd(_backward, setup_context=_setup_context)
+differentiable(conv2d_relu, _setup_context, _backward)
 refuse_double_backward(conv2d_relu_backward, NAME)

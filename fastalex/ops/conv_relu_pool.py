@@ -14,12 +14,21 @@ from torch import Tensor
 
 from fastalex import backend
 from fastalex.ops import conv_relu, lrn_max_pool
-from fastalex.ops.common import dense, device_of, empty, implementation, refuse_double_backward
+from fastalex.ops.common import (
+    call,
+    dense,
+    device_of,
+    differentiable,
+    empty,
+    implementation,
+    operator,
+    refuse_double_backward,
+)
 
 NAME = "conv2d_relu_pool"
 
 
-@torch.library.custom_op("fastalex::conv2d_relu_pool", mutates_args=(), device_types=("cpu", "cuda"))
+@operator("fastalex::conv2d_relu_pool")
 def conv2d_relu_pool(
     input: Tensor,
     weight: Tensor,
@@ -88,7 +97,7 @@ def _(
     return empty(activation, shape), activation if lrn_size else input.new_empty(0), found
 
 
-@torch.library.custom_op("fastalex::conv2d_relu_pool_backward", mutates_args=(), device_types=("cpu", "cuda"))
+@operator("fastalex::conv2d_relu_pool_backward")
 def conv2d_relu_pool_backward(
     grad: Tensor,
     codes: Tensor,
@@ -180,9 +189,9 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 
 def _backward(ctx: Any, grad: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
     needs = [ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.has_bias and ctx.needs_input_grad[2]]
-    grads = conv2d_relu_pool_backward(grad, *ctx.saved_tensors, *ctx.parameters, needs)
+    grads = call(conv2d_relu_pool_backward, grad, *ctx.saved_tensors, *ctx.parameters, needs)
     return (*(g if need else None for g, need in zip(grads, needs, strict=True)), *[None] * 12)
 
 
-conv2d_relu_pool.register_autograd(_backward, setup_context=_setup_context)
+differentiable(conv2d_relu_pool, _setup_context, _backward)
 refuse_double_backward(conv2d_relu_pool_backward, NAME)

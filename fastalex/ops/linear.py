@@ -9,12 +9,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastalex import backend
-from fastalex.ops.common import device_of, implementation, refuse_double_backward
+from fastalex.ops.common import call, device_of, differentiable, implementation, operator, refuse_double_backward
 
 NAME = "linear_relu_dropout"
 
 
-@torch.library.custom_op("fastalex::linear_relu_dropout", mutates_args=(), device_types=("cpu", "cuda"))
+@operator("fastalex::linear_relu_dropout")
 def linear_relu_dropout(input: Tensor, weight: Tensor, bias: Tensor | None, p: float, seed: Tensor | None) -> Tensor:
     """(..., C) -> (..., K).  `seed`, an int64 tensor of one element on the input's device, chooses what p > 0 drops."""
     with device_of(input):
@@ -34,7 +34,7 @@ def _(input: Tensor, weight: Tensor, bias: Tensor | None, p: float, seed: Tensor
     return input.new_empty((*input.shape[:-1], weight.shape[0]))
 
 
-@torch.library.custom_op("fastalex::linear_relu_dropout_backward", mutates_args=(), device_types=("cpu", "cuda"))
+@operator("fastalex::linear_relu_dropout_backward")
 def linear_relu_dropout_backward(
     grad: Tensor, input: Tensor, weight: Tensor, output: Tensor, p: float, needs: list[bool]
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -80,9 +80,9 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     needs = [ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.has_bias and ctx.needs_input_grad[2]]
-    grads = linear_relu_dropout_backward(grad, *ctx.saved_tensors, ctx.p, needs)
+    grads = call(linear_relu_dropout_backward, grad, *ctx.saved_tensors, ctx.p, needs)
     return (*(g if need else None for g, need in zip(grads, needs, strict=True)), None, None)
 
 
-linear_relu_dropout.register_autograd(_backward, setup_context=_setup_context)
+differentiable(linear_relu_dropout, _setup_context, _backward)
 refuse_double_backward(linear_relu_dropout_backward, NAME)

@@ -4,15 +4,23 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from fastalex.ops.common import dense, device_of, empty, implementation, refuse_double_backward
+from fastalex.ops.common import (
+    call,
+    dense,
+    device_of,
+    differentiable,
+    empty,
+    implementation,
+    operator,
+    refuse_double_backward,
+)
 
 NAME = "local_response_norm"
 
 
-@torch.library.custom_op("fastalex::local_response_norm", mutates_args=(), device_types=("cpu", "cuda"))
+@operator("fastalex::local_response_norm")
 def local_response_norm(input: Tensor, size: int, alpha: float, beta: float, k: float, groups: int) -> Tensor:
     with device_of(input):
         return implementation("lrn", NAME, input).lrn_fwd(dense(input), size, alpha, beta, k, groups)
@@ -23,7 +31,7 @@ def _(input: Tensor, size: int, alpha: float, beta: float, k: float, groups: int
     return empty(input, input.shape)
 
 
-@torch.library.custom_op("fastalex::local_response_norm_backward", mutates_args=(), device_types=("cpu", "cuda"))
+@operator("fastalex::local_response_norm_backward")
 def local_response_norm_backward(
     grad: Tensor, input: Tensor, size: int, alpha: float, beta: float, k: float, groups: int
 ) -> Tensor:
@@ -43,8 +51,8 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     (input,) = ctx.saved_tensors
-    return local_response_norm_backward(grad, input, *ctx.parameters), None, None, None, None, None
+    return call(local_response_norm_backward, grad, input, *ctx.parameters), None, None, None, None, None
 
 
-local_response_norm.register_autograd(_backward, setup_context=_setup_context)
+differentiable(local_response_norm, _setup_context, _backward)
 refuse_double_backward(local_response_norm_backward, NAME)

@@ -8,10 +8,13 @@ import torch
 from torch import Tensor
 
 from fastalex.ops.common import (
+    call,
     dense,
     device_of,
+    differentiable,
     empty,
     implementation,
+    operator,
     refuse_double_backward,
 )
 from fastalex.reference import pooled_size
@@ -91,7 +94,7 @@ def pooled_shape(input: Tensor, kernel_size: list[int], stride: list[int]) -> tu
     )
 
 
-@torch.library.custom_op("fastalex::lrn_max_pool2d", mutates_args=(), device_types=("cpu", "cuda"))
+@operator("fastalex::lrn_max_pool2d")
 def lrn_max_pool2d(
     input: Tensor,
     size: int,
@@ -128,7 +131,7 @@ def _(
     return empty(input, shape), found
 
 
-@torch.library.custom_op("fastalex::lrn_max_pool2d_backward", mutates_args=(), device_types=("cpu", "cuda"))
+@operator("fastalex::lrn_max_pool2d_backward")
 def lrn_max_pool2d_backward(
     grad: Tensor,
     codes: Tensor,
@@ -170,8 +173,8 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 
 def _backward(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
     codes, input = ctx.saved_tensors
-    return lrn_max_pool2d_backward(grad, codes, input, *ctx.parameters), *[None] * 9
+    return call(lrn_max_pool2d_backward, grad, codes, input, *ctx.parameters), *[None] * 9
 
 
-lrn_max_pool2d.register_autograd(_backward, setup_context=_setup_context)
+differentiable(lrn_max_pool2d, _setup_context, _backward)
 refuse_double_backward(lrn_max_pool2d_backward, NAME)

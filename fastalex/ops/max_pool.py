@@ -7,13 +7,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastalex.ops.common import dense, device_of, empty, implementation, refuse_double_backward
+from fastalex.ops.common import (
+    call,
+    dense,
+    device_of,
+    differentiable,
+    empty,
+    implementation,
+    operator,
+    refuse_double_backward,
+)
 from fastalex.reference import pooled_size
 
 NAME = "max_pool2d"
 
 
-@torch.library.custom_op("fastalex::max_pool2d", mutates_args=(), device_types=("cpu", "cuda"))
+@operator("fastalex::max_pool2d")
 def max_pool2d(
     input: Tensor,
     kernel_size: list[int],
@@ -55,7 +64,7 @@ def _(
     return empty(input, shape), found
 
 
-@torch.library.custom_op("fastalex::max_pool2d_backward", mutates_args=(), device_types=("cpu", "cuda"))
+@operator("fastalex::max_pool2d_backward")
 def max_pool2d_backward(
     grad: Tensor,
     codes: Tensor,
@@ -90,7 +99,7 @@ def _(
     return empty(codes, (*codes.shape[:2], *input_size), grad.dtype)
 
 
-@torch.library.custom_op("fastalex::max_pool2d_indices", mutates_args=(), device_types=("cpu", "cuda"))
+@operator("fastalex::max_pool2d_indices")
 def max_pool2d_indices(
     codes: Tensor,
     input_size: list[int],
@@ -127,8 +136,8 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 
 def _backward(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
     (codes,) = ctx.saved_tensors
-    return max_pool2d_backward(grad, codes, *ctx.parameters), None, None, None, None, None, None
+    return call(max_pool2d_backward, grad, codes, *ctx.parameters), None, None, None, None, None, None
 
 
-max_pool2d.register_autograd(_backward, setup_context=_setup_context)
+differentiable(max_pool2d, _setup_context, _backward)
 refuse_double_backward(max_pool2d_backward, NAME)
