@@ -6,6 +6,7 @@ what is built, and `AlexNet` builds it.  Narrower networks for smaller images ar
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -60,6 +61,12 @@ class Variant:
     dropout_first: bool = False  # before the two hidden layers, as torchvision, instead of after them
     init: str = "normal"
     features_size: int = 6
+
+    @classmethod
+    def from_dict(cls, fields: Mapping[str, Any]) -> Variant:
+        """The variant that `dataclasses.asdict` took apart, also after a trip through JSON."""
+        convs = [Conv(**{**conv, "norm": conv["norm"] and ResponseNorm(*conv["norm"])}) for conv in fields["convs"]]
+        return cls(**{**fields, "convs": tuple(convs), "hidden": tuple(fields["hidden"])})
 
 
 def _krizhevsky(norm: ResponseNorm, conv1_padding: int, bias: float, std: float = 0.01) -> tuple[Conv, ...]:
@@ -286,6 +293,7 @@ def find_variant(variant: str | Variant) -> Variant:
     return VARIANTS[variant]
 
 
+METADATA_KEY = "fastalex"  # of the JSON in a safetensors file's metadata that describes the model: `checkpoint.py`
 TORCHVISION_WEIGHTS = {
     "IMAGENET1K_V1": "https://download.pytorch.org/models/alexnet-owt-7be5be79.pth",
 }
@@ -311,9 +319,15 @@ def alexnet(
     fitting = fitting_variants(state)
     if variant is None:
         variant = made_for or (fitting[0] if fitting else "paper")
+    if isinstance(variant, str) and variant == made_for and variant not in VARIANTS:
+        raise ValueError(
+            f'the weights {weights} are of variant "{variant}", which is none of {", ".join(VARIANTS)}, and the file '
+            "does not describe it: call alexnet(weights, variant=Variant(...)) with the variant that was trained"
+        )
     wanted = find_variant(variant)
-    if made_for is not None and made_for in VARIANTS and made_for != wanted.name:
-        raise ValueError(f'the weights {weights} are of variant "{made_for}", not "{wanted.name}"')
+    name = made_for.name if isinstance(made_for, Variant) else made_for
+    if name is not None and (name in VARIANTS or isinstance(made_for, Variant)) and name != wanted.name:
+        raise ValueError(f'the weights {weights} are of variant "{name}", not "{wanted.name}"')
     if wanted.name in VARIANTS and wanted.name not in fitting:
         fits = f'variant "{fitting[0]}"' if fitting else "no variant of AlexNet"
         raise ValueError(f'the weights {weights} fit {fits}, not "{wanted.name}"')
@@ -325,8 +339,11 @@ def alexnet(
     return model
 
 
-def load_weights(weights: Any, *, progress: bool = True) -> tuple[dict[str, Tensor], str | None]:
-    """The state_dict behind a name or path, and the variant that it says it was made for (None if it does not say)."""
+def load_weights(weights: Any, *, progress: bool = True) -> tuple[dict[str, Tensor], Variant | str | None]:
+    """The state_dict behind a name or path, and the variant that it was made for.
+
+    The variant is whole if the file describes it, its name if the file only names it, None if it does not say.
+    """
     name = str(getattr(weights, "name", weights)).removeprefix("AlexNet_Weights.")
     name = "IMAGENET1K_V1" if name == "DEFAULT" else name
     if name in TORCHVISION_WEIGHTS:
@@ -347,13 +364,18 @@ def load_weights(weights: Any, *, progress: bool = True) -> tuple[dict[str, Tens
     return dict(content.get("state_dict", content)), content.get("variant")
 
 
-def _load_safetensors(path: Path) -> tuple[dict[str, Tensor], str | None]:
+def _load_safetensors(path: Path) -> tuple[dict[str, Tensor], Variant | str | None]:
     try:
         from safetensors import safe_open
     except ImportError as error:
         raise ImportError(f"reading {path} needs the safetensors package: pip install safetensors") from error
     with safe_open(path, framework="pt") as file:
-        return {key: file.get_tensor(key) for key in file.keys()}, (file.metadata() or {}).get("variant")  # noqa: SIM118
+        state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118, not a dict
+        metadata = file.metadata() or {}
+    # what `fastalex train` writes describes its variant, listed or not
+    if METADATA_KEY in metadata:
+        return state, Variant.from_dict(json.loads(metadata[METADATA_KEY])["variant"])
+    return state, metadata.get("variant")
 
 
 def fitting_variants(state: Mapping[str, Tensor]) -> list[str]:

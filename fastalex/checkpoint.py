@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import io
 import json
 import os
 from collections.abc import Iterator
@@ -18,12 +19,10 @@ from typing import Any
 
 import torch
 
-from fastalex.alexnet import AlexNet, Conv, Variant
+from fastalex.alexnet import METADATA_KEY, AlexNet, Variant
 from fastalex.data.preprocessing import Preprocessing
-from fastalex.functional import ResponseNorm
 
 MODEL, STATE = "model.safetensors", "state.pt"
-METADATA_KEY = "fastalex"
 
 
 @dataclass(frozen=True)
@@ -44,14 +43,9 @@ class ModelCard:
     @classmethod
     def from_json(cls, text: str) -> ModelCard:
         fields = json.loads(text)
-        convs = [
-            Conv(**{**conv, "norm": conv["norm"] and ResponseNorm(*conv["norm"])})
-            for conv in fields["variant"]["convs"]
-        ]
-        hidden = tuple(fields["variant"]["hidden"])
         looks = fields["preprocessing"]
         return cls(
-            Variant(**{**fields["variant"], "convs": tuple(convs), "hidden": hidden}),
+            Variant.from_dict(fields["variant"]),
             tuple(fields["classes"]),
             Preprocessing(**{**looks, "mean": tuple(looks["mean"]), "std": tuple(looks["std"])}),
             fields["dropout"],
@@ -60,23 +54,48 @@ class ModelCard:
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A temporary path beside `path`; what the block writes there takes the place of `path` once it is on the disk."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    """A temporary path beside `path`; what the block writes there takes the place of `path` once it is on the disk.
+
+    The file gets the permissions that the umask gives any new file.  Raises OSError, naming `path`, when it cannot be
+    written; what was there before is untouched then.
+    """
+    # one name, not one per process: the rest that a killed run left is overwritten by the next
+    temporary = path.with_name(f".{path.name}.partial")
     try:
+        with temporary.open("wb") as empty:
+            mode = os.fstat(empty.fileno()).st_mode
         yield temporary
+        temporary.chmod(mode)  # some writers make their files private
         with temporary.open("rb") as written:
             os.fsync(written.fileno())
         os.replace(temporary, path)
+        sync_folder(path.parent)
+    except OSError as error:
+        kept = f"; the old {path.name} is untouched" if path.exists() else ""
+        raise OSError(f"cannot write {path}: {error.strerror or error}{kept}") from error
     finally:
         temporary.unlink(missing_ok=True)
 
 
+def sync_folder(folder: Path) -> None:
+    """Puts new names in the folder on the disk, so that they survive a power cut."""
+    if os.name == "nt":  # no handle to a folder there
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
 def save_model(path: Path, model: AlexNet, card: ModelCard) -> None:
-    from safetensors.torch import save_file
+    """Raises OSError when the file cannot be written."""
+    from safetensors.torch import save
 
     weights = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    content = save(weights, metadata={"variant": card.variant.name, METADATA_KEY: card.to_json()})
     with replacing(path) as temporary:
-        save_file(weights, temporary, metadata={"variant": card.variant.name, METADATA_KEY: card.to_json()})
+        temporary.write_bytes(content)
 
 
 def load_model(path: Path) -> tuple[AlexNet, ModelCard]:
@@ -108,8 +127,12 @@ def load_model(path: Path) -> tuple[AlexNet, ModelCard]:
 
 
 def save_state(path: Path, **state: Any) -> None:
+    """Raises OSError when the file cannot be written."""
+    # through memory, because torch.save to a full disk does not say what was wrong
+    content = io.BytesIO()
+    torch.save(state, content)
     with replacing(path) as temporary:
-        torch.save(state, temporary)
+        temporary.write_bytes(content.getbuffer())
 
 
 def load_state(path: Path) -> dict[str, Any]:

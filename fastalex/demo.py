@@ -38,7 +38,7 @@ def run(folder: Path = FOLDER, epochs: int = DEMO_RECIPE.epochs, device: torch.d
     scores = evaluate(model, data)
     # the test pictures are sorted by class, 100 of each: this stride visits the classes in turn
     chosen = torch.arange(SHOWN) * STRIDE % data.count("test")
-    images, labels = next(data.batches("test", chosen, SHOWN))
+    images, labels = next(data.batches("test", [chosen]))
     with torch.inference_mode():
         inputs = data.preprocessing.for_evaluation(images).to(device)
         probabilities = model(inputs).softmax(1).cpu()

@@ -3,6 +3,7 @@
 import copy
 import pickle
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from torch import nn
 
 import fastalex
 from fastalex.alexnet import TORCHVISION, VARIANTS, Conv, Variant, alexnet, fitting_variants
+from fastalex.data.preprocessing import Preprocessing
 from fastalex.functional import ResponseNorm
 
 PARAMETERS = {
@@ -270,6 +272,26 @@ def test_safetensors_round_trip_with_its_variant(small, tmp_path):
     assert alexnet(tmp_path / "weights.safetensors").variant.name == "bvlc_alexnet"
     with pytest.raises(ValueError, match='are of variant "bvlc_alexnet", not "paper"'):
         alexnet(tmp_path / "weights.safetensors", variant="paper")
+
+
+def test_a_variant_of_ones_own(tmp_path):
+    """Listed nowhere: the file describes it, or only names it, and then the caller must bring it."""
+    safetensors = pytest.importorskip("safetensors.torch")
+    card = pytest.importorskip("fastalex.checkpoint").ModelCard
+    own = replace(narrow("paper"), name="own")
+    model = fastalex.AlexNet(3, variant=own)
+    state = {key: value.contiguous() for key, value in model.state_dict().items()}
+    described = card(own, ("a", "b", "c"), Preprocessing.for_photos(3, 224)).to_json()
+    safetensors.save_file(state, tmp_path / "own.safetensors", {"variant": "own", "fastalex": described})
+    loaded = alexnet(tmp_path / "own.safetensors")
+    assert loaded.variant == own
+    assert torch.equal(loaded.classifier[6].weight, model.classifier[6].weight)
+    with pytest.raises(ValueError, match='are of variant "own", not "paper"'):
+        alexnet(tmp_path / "own.safetensors", variant="paper")
+    safetensors.save_file(state, tmp_path / "named.safetensors", {"variant": "own"})
+    with pytest.raises(ValueError, match=r'variant "own", which is none of paper, .* call alexnet\(weights, variant='):
+        alexnet(tmp_path / "named.safetensors")
+    assert alexnet(tmp_path / "named.safetensors", variant=own).variant == own
 
 
 def test_wrong_variant_is_named(small, tmp_path):

@@ -8,7 +8,7 @@ augmentation (pictures of 256x256, crops of 224x224, mirror images), done on bat
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -28,8 +28,8 @@ class ImageSet(Protocol):
         """The number of pictures in the split "train" or "test"."""
         ...
 
-    def batches(self, split: str, order: Tensor, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """The pictures with the indices `order`: uint8 (N, C, H, W) and int64 labels (N,), the last batch shorter."""
+    def batches(self, split: str, indices: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+        """One batch for each tensor of indices: uint8 pictures (N, C, H, W) and int64 labels (N,)."""
         ...
 
 
@@ -54,13 +54,13 @@ class FashionMNIST:
     def count(self, split: str) -> int:
         return len(self._pictures[split].labels)
 
-    def batches(self, split: str, order: Tensor, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
+    def batches(self, split: str, indices: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
         images, labels = (torch.from_numpy(array) for array in self._pictures[split])
         size, margin = self.preprocessing.resize, self.preprocessing.crop // 32
-        for indices in order.split(batch_size):
-            enlarged = F.interpolate(images[indices, None].float(), size=(size, size), mode="bilinear")
+        for chosen in indices:
+            enlarged = F.interpolate(images[chosen, None].float(), size=(size, size), mode="bilinear")
             batch = F.pad(enlarged.round().to(torch.uint8), (margin,) * 4)
-            yield batch.expand(-1, self.preprocessing.channels, -1, -1), labels[indices]
+            yield batch.expand(-1, self.preprocessing.channels, -1, -1), labels[chosen]
 
 
 class Folders:
@@ -104,10 +104,10 @@ class Folders:
     def count(self, split: str) -> int:
         return len(self._splits[split])
 
-    def batches(self, split: str, order: Tensor, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
+    def batches(self, split: str, indices: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
         loader: torch.utils.data.DataLoader[tuple[Tensor, Tensor]] = torch.utils.data.DataLoader(
             self._splits[split],
-            batch_sampler=[indices.tolist() for indices in order.split(batch_size)],
+            batch_sampler=[chosen.tolist() for chosen in indices],
             num_workers=self._workers,
             pin_memory=torch.cuda.is_available(),
         )

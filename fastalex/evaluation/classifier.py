@@ -7,12 +7,12 @@ from pathlib import Path
 
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
-from torch import Tensor
+from torch import Tensor, nn
 from torchvision.transforms.v2 import functional as transforms
 
 from fastalex.alexnet import AlexNet, alexnet
 from fastalex.checkpoint import ModelCard, load_model
-from fastalex.data.preprocessing import Preprocessing
+from fastalex.data.preprocessing import Preprocessing, centre_crop
 
 IMAGENET_CLASSES = 1000
 
@@ -55,8 +55,24 @@ def read_picture(path: Path, preprocessing: Preprocessing) -> Tensor:
 
 
 @torch.inference_mode()
-def classify(model: AlexNet, pictures: list[Tensor], preprocessing: Preprocessing) -> Tensor:
-    """Class probabilities (N, classes) of pictures that `read_picture` returned."""
+def classify(model: AlexNet, pictures: list[Tensor], preprocessing: Preprocessing, *, ten_crop: bool = False) -> Tensor:
+    """Class probabilities (N, classes) of pictures that `read_picture` returned: of the centre, or of ten crops."""
     device = next(model.parameters()).device
+    if ten_crop:
+        squares = torch.cat([centre_crop(picture[None].to(device), preprocessing.resize) for picture in pictures])
+        return ten_crop_probabilities(model, squares, preprocessing).cpu()
     inputs = torch.cat([preprocessing.for_evaluation(picture[None].to(device)) for picture in pictures])
     return model(inputs).float().softmax(1).cpu()
+
+
+@torch.inference_mode()
+def ten_crop_probabilities(model: nn.Module, images: Tensor, preprocessing: Preprocessing) -> Tensor:
+    """Class probabilities averaged over ten crops of each image, all in one call of the model.
+
+    The four corners, the centre, and their mirror images (Krizhevsky et al. 2012, section 4.1, who average the
+    softmax, not the logits).  images: uint8 (N, C, H, W), at least `preprocessing.crop` high and wide, on the model's
+    device.  Returns float32 (N, classes).
+    """
+    crops = torch.stack(transforms.ten_crop(images, [preprocessing.crop, preprocessing.crop]))
+    logits = model(preprocessing.normalise(crops.flatten(0, 1)))
+    return logits.float().softmax(1).unflatten(0, crops.shape[:2]).mean(0)

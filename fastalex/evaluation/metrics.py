@@ -32,7 +32,7 @@ def evaluate(model: nn.Module, data: ImageSet, *, split: str = "test", batch_siz
     device = next(model.parameters()).device
     count = data.count(split)
     sums = torch.zeros(3, dtype=torch.float64, device=device)
-    for images, labels in data.batches(split, torch.arange(count), batch_size):
+    for images, labels in data.batches(split, torch.arange(count).split(batch_size)):
         labels = labels.to(device)
         logits = model(data.preprocessing.for_evaluation(images.to(device))).float()
         sums[0] += F.cross_entropy(logits, labels, reduction="sum")

@@ -135,7 +135,7 @@ def train_epoch(
     device = next(model.parameters()).device
     total = torch.zeros((), device=device)
     order = torch.randperm(data.count("train"))
-    for images, labels in data.batches("train", order, recipe.batch_size):
+    for images, labels in data.batches("train", order.split(recipe.batch_size)):
         images = data.preprocessing.for_training(images.to(device, non_blocking=True))
         labels = labels.to(device, non_blocking=True)
         with torch.autocast(device.type, amp, enabled=amp is not None):

@@ -43,7 +43,7 @@ def test_normalise_has_the_mean_of_each_channel():
 def test_fashion_mnist_batches(channels):
     data = FashionMNIST(FashionMNIST.preprocessing_for(channels, 64))
     order = torch.tensor([4999, 0, 500])
-    (images, labels), (last, last_labels) = data.batches("train", order, 2)
+    (images, labels), (last, last_labels) = data.batches("train", order.split(2))
     assert images.dtype == torch.uint8
     assert images.shape == (2, channels, 68, 68)
     assert (labels.tolist(), last_labels.tolist(), len(last)) == ([9, 0], [1], 1)
@@ -55,7 +55,7 @@ def test_fashion_mnist_batches(channels):
 
 def test_fashion_mnist_is_normalised():
     data = FashionMNIST(FashionMNIST.preprocessing_for(1, 64))
-    ((images, _),) = data.batches("train", torch.arange(5000), 5000)
+    ((images, _),) = data.batches("train", [torch.arange(5000)])
     inputs = data.preprocessing.for_evaluation(images)
     assert abs(inputs.mean()) < 0.02
     assert abs(inputs.std() - 1) < 0.05
@@ -76,7 +76,7 @@ def test_folders(folder):
     data = Folders(folder, Preprocessing.for_photos(3, 28), workers=0)
     assert data.classes == ("blue", "red")
     assert (data.count("train"), data.count("test")) == (6, 2)
-    ((images, labels),) = data.batches("test", torch.arange(2), 8)
+    ((images, labels),) = data.batches("test", [torch.arange(2)])
     assert images.dtype == torch.uint8
     assert images.shape == (2, 3, 32, 32)
     assert labels.tolist() == [0, 1]
@@ -85,7 +85,7 @@ def test_folders(folder):
 
 def test_grey_folders_through_worker_processes(folder):
     data = Folders(folder, Preprocessing.for_photos(1, 28), workers=1)
-    ((images, _),) = data.batches("train", torch.arange(6), 8)
+    ((images, _),) = data.batches("train", [torch.arange(6)])
     assert images.shape == (6, 1, 32, 32)
 
 

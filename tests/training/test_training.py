@@ -22,8 +22,8 @@ class FewPictures(FashionMNIST):
     def count(self, split):
         return super().count(split) // 40
 
-    def batches(self, split, order, batch_size):
-        return super().batches(split, order * 40, batch_size)
+    def batches(self, split, indices):
+        return super().batches(split, [chosen * 40 for chosen in indices])
 
 
 class Stop(Exception):
@@ -148,6 +148,30 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
         fail_half_way()
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_full_disk(finished, tmp_path):
+    """The kernel refuses to write past 100 kB, as a full disk would; the message names the file and the reason."""
+    resource = pytest.importorskip("resource")
+    model, card = checkpoint.load_model(finished[0] / MODEL)
+    (tmp_path / MODEL).write_text("old")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
+    try:
+        with pytest.raises(OSError, match=r"cannot write .*model.safetensors: .*; the old .* is untouched"):
+            checkpoint.save_model(tmp_path / MODEL, model, card)
+        with pytest.raises(OSError, match=r"cannot write .*state.pt: "):
+            checkpoint.save_state(tmp_path / STATE, model=model.state_dict())
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert (tmp_path / MODEL).read_text() == "old"
+    assert list(tmp_path.iterdir()) == [tmp_path / MODEL]
+
+
+def test_checkpoints_have_the_permissions_of_any_new_file(finished, tmp_path):
+    (tmp_path / "any").touch()
+    expected = (tmp_path / "any").stat().st_mode
+    assert [(finished[0] / name).stat().st_mode for name in (MODEL, STATE)] == [expected] * 2
 
 
 def test_files_that_are_no_checkpoints(tmp_path):
