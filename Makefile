@@ -36,7 +36,7 @@ bench: $(VENV)/installed
 	$(RUN) -m pytest benchmarks --benchmark-only
 
 kernel-table: $(VENV)/installed
-	$(RUN) -m fastalex.kernels.offline --markdown docs/kernels.md
+	$(RUN) -m fastalex inspect --markdown docs/kernels.md
 
 lint: $(VENV)/installed
 	$(RUN) -m ruff check

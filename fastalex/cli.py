@@ -1,4 +1,4 @@
-"""The command line: `fastalex demo | train | eval | predict`, or `python -m fastalex`.
+"""The command line: `fastalex demo | train | eval | predict | inspect | bench`, or `python -m fastalex`.
 
 One thin function per subcommand; what it needs is imported when it runs, so that `--help` answers at once.
 """
@@ -170,6 +170,60 @@ def predict(
     print_predictions([str(path) for path in images], probabilities, card.classes, top)
 
 
+def inspect(
+    target: tuple[Literal["sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942"], ...] = ("sm_90",),
+    dtype: tuple[Literal["fp16", "bf16", "fp32"], ...] = ("fp16", "bf16", "fp32"),
+    kernel: str = "",
+    every: bool = False,
+    json: Path | None = None,
+    chart: Path | None = None,
+    markdown: Path | None = None,
+    compare: Path | None = None,
+    chips: bool = False,
+) -> None:
+    """Say what the compiler makes of the kernels, for GPUs that need not be there; nothing is timed.
+
+    Registers, spills, memory, access widths, instructions by pipe, DRAM bytes (counted in Triton's interpreter), and a
+    model of the time that each resource of named chips needs.  Compiling all of it takes minutes, once: results are
+    cached per user.  Ends with exit code 1 if something does not compile or --compare finds it worse.
+
+    Args:
+        target: Architectures to compile for.
+        dtype: Which element types.
+        kernel: Only entries of the catalogue with this text in their name (variant/layer/operation/pass/dtype/layout).
+        every: All variants, layouts and inference; by default what differs, for training in channels_last.
+        json: File for everything that is known, as JSON.
+        chart: File (PNG, SVG, ...) for a chart of the modelled times.
+        markdown: Markdown file whose tables of kernels and chips are renewed, as docs/kernels.md.
+        compare: An older file of --json: what changed, and what is worse (spills, 5 % more instructions).
+        chips: Print the constants of the model and their sources, and compile nothing.
+    """
+    from fastalex.inspection import machine_code
+
+    if chips:
+        print(machine_code.plain(machine_code.chip_table()), end="")
+        return
+    old = None if compare is None else machine_code.load(compare)
+    names = machine_code.names(dtype, kernel, every)
+    found = machine_code.rows(names, target)
+    if json is not None:
+        machine_code.save(json, found)
+    if markdown is not None:
+        machine_code.write_tables(markdown, found)
+    if chart is not None:
+        from fastalex.visualize.kernels import modelled_times
+
+        modelled_times(found, chart)
+    if old is None:
+        print(machine_code.report(found), end="")
+        worse = []
+    else:
+        print(machine_code.comparison(old, found), end="")
+        worse = machine_code.regressions(old["rows"], found)
+    if worse or any("error" in row for row in found):
+        raise SystemExit(1)
+
+
 def open_images(
     data: Path | None, preprocessing: Preprocessing, *, splits: tuple[str, ...], workers: int | None
 ) -> ImageSet:
@@ -193,7 +247,13 @@ def find_device(name: str | None) -> torch.device:
     return torch.device(name)
 
 
-COMMANDS: dict[str, Callable[..., Any]] = {"demo": demo, "train": train, "eval": evaluate, "predict": predict}
+COMMANDS: dict[str, Callable[..., Any]] = {
+    "demo": demo,
+    "train": train,
+    "eval": evaluate,
+    "predict": predict,
+    "inspect": inspect,
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -1,6 +1,6 @@
 """What the compiler makes of the catalogue's kernels, for GPUs that need not be there.
 
-    python -m fastalex.kernels.offline [--target sm_90] [--dtype fp16] [--json | --markdown [FILE]]
+    results([("paper/conv1/lrn_max_pool/forward/fp16/channels_last", "sm_90")])
 
 Every launch is compiled as at a launch, through Triton's own `run`, with a driver that only names the target, and its
 machine code is read: registers, spills, shared memory, widths of global accesses, instructions per element.  Compilers
@@ -8,7 +8,6 @@ run in processes of their own: one that crashes costs its own entry.  Results ar
 of the kernels, the versions of Triton and PyTorch, target and entry.
 """
 
-import argparse
 import contextlib
 import hashlib
 import json
@@ -354,99 +353,3 @@ def results(requests, processes=2):
     for thread in threads:
         thread.join()
     return found
-
-
-# ---------------------------------------------------------------------------------------------------- the table
-MARKERS = ("<!-- kernel table: make kernel-table -->\n", "<!-- end of kernel table -->")
-# Instructions per second, four schedulers x 32 lanes on 132 multiprocessors at 1.7 GHz, and bytes per second.
-H100_ISSUE = 132 * 128 * 1.7e9
-H100_DRAM = 3.35e12
-COLUMNS = (
-    "layer", "kernel", "dtype", "target", "registers", "spills", "shared", "loads", "stores", "instr/el",
-    "DRAM B/el", "issue : DRAM", "compile s",
-)  # fmt: skip
-
-
-def widths(counts):
-    """'2x16 1x4': so many accesses of so many bytes."""
-    return " ".join(f"{counts[width]}x{width}" for width in sorted(counts, key=int, reverse=True))
-
-
-def rows(names, targets):
-    """One list of cells per launch but those of sum_partials_kernel, in the order of COLUMNS."""
-    from . import catalog
-
-    found = results([(name, target) for name in names for target in (*targets, "traffic")])
-    out = []
-    for name in names:
-        entry = catalog.ENTRIES[name]
-        layer = f"{entry.variant} {entry.layer}"
-        traffic = found[name, "traffic"]
-        for target in targets:
-            built = found[name, target]
-            errors = [answer["error"] for answer in (built, traffic) if "error" in answer]
-            if errors:
-                out.append([layer, entry.operation, entry.dtype, target, errors[0]] + ["-"] * (len(COLUMNS) - 5))
-                continue
-            for code, moved in zip(built, traffic, strict=True):
-                if code["kernel"] == "sum_partials_kernel":
-                    continue
-                count, dram = code["instructions"], moved["read"] + moved["written"]
-                model = "-"
-                if count is not None and target == "sm_90":
-                    model = f"{count / H100_ISSUE / (dram / H100_DRAM):.2f}"
-                out.append(
-                    [
-                        layer, code["kernel"].removesuffix("_kernel"), entry.dtype, target, str(code["registers"]),
-                        str(code["spills"] + code["stack"]), str(code["shared"]), widths(code["loads"]),
-                        widths(code["stores"]), "-" if count is None else f"{count:.1f}", f"{dram:.2f}", model,
-                        f"{code['seconds']:.1f}",
-                    ]
-                )  # fmt: skip
-    return out
-
-
-def markdown(table):
-    lines = [COLUMNS, ["---"] * 4 + ["---:"] * (len(COLUMNS) - 4), *table]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
-
-
-def plain(table):
-    lines = [COLUMNS, *table]
-    width = [max(len(line[i]) for line in lines) for i in range(len(COLUMNS))]
-    return "".join("  ".join(c.ljust(w) for c, w in zip(line, width, strict=True)).rstrip() + "\n" for line in lines)
-
-
-def replace_table(path, table):
-    """Put the table between the markers of a Markdown file."""
-    text = path.read_text()
-    if any(text.count(marker) != 1 for marker in MARKERS):
-        raise ValueError(f"{path} must contain these two lines once each: {MARKERS}")
-    before, rest = text.split(MARKERS[0])
-    after = rest.split(MARKERS[1])[1]
-    write_atomically(path, f"{before}{MARKERS[0]}\n{table}\n{MARKERS[1]}{after}")
-
-
-def main(arguments=None):
-    from . import catalog
-
-    parser = argparse.ArgumentParser(prog="python -m fastalex.kernels.offline", description=__doc__.split("\n")[0])
-    parser.add_argument("--target", nargs="+", choices=TARGETS, default=["sm_90"])
-    parser.add_argument("--dtype", nargs="+", choices=list(catalog.DTYPES), default=list(catalog.DTYPES))
-    parser.add_argument("--json", action="store_true", help="everything that is known, as JSON")
-    parser.add_argument("--markdown", nargs="?", const="-", metavar="FILE", help="as Markdown, into FILE if given")
-    options = parser.parse_args(arguments)
-    names = [entry.name for dtype in options.dtype for entry in catalog.representative(dtype)]
-    if options.json:
-        found = results([(name, target) for name in names for target in (*options.target, "traffic")])
-        json.dump([{"entry": e, "target": t, "result": r} for (e, t), r in sorted(found.items())], sys.stdout, indent=1)
-        return
-    table = rows(names, options.target)
-    if options.markdown not in (None, "-"):
-        replace_table(Path(options.markdown), markdown(table))
-    else:
-        sys.stdout.write(plain(table) if options.markdown is None else markdown(table))
-
-
-if __name__ == "__main__":
-    main()

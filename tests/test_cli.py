@@ -43,7 +43,7 @@ def picture(tmp_path):
     return path
 
 
-@pytest.mark.parametrize("command", [[], ["demo"], ["train"], ["eval"], ["predict"]])
+@pytest.mark.parametrize("command", [[], ["demo"], ["train"], ["eval"], ["predict"], ["inspect"]])
 def test_help(command, capsys):
     with pytest.raises(SystemExit) as stopped:
         cli.main([*command, "--help"])

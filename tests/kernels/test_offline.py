@@ -1,6 +1,5 @@
 """The catalogue is what the models launch, and its kernels compile to the code that they were designed for."""
 
-import json
 from collections import Counter
 
 import pytest
@@ -230,27 +229,3 @@ def test_unknown_entries_are_errors(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     found = offline.results([("paper/conv9", "sm_90")])
     assert "KeyError" in found["paper/conv9", "sm_90"]["error"]
-
-
-def test_tables(monkeypatch, tmp_path, capsys):
-    launch = {"kernel": "k_kernel", "registers": 31, "stack": 0, "spills": 0, "shared": 0, "instructions": 13.5}
-    launch |= {"loads": {"4": 2, "16": 1}, "stores": {"16": 1}, "seconds": 1.25}
-    moved = {"kernel": "k_kernel", "read": 2.0, "written": 2.0}
-    monkeypatch.setattr(
-        offline, "results", lambda asked: {key: [moved if key[1] == "traffic" else launch] for key in asked}
-    )
-    path = tmp_path / "page.md"
-    path.write_text("before\n" + "".join(offline.MARKERS) + "\nafter\n")
-    offline.main(["--markdown", str(path), "--dtype", "fp16"])
-    text = path.read_text()
-    assert text.startswith("before\n")
-    assert text.endswith("after\n")
-    assert "| paper conv1 | k | fp16 | sm_90 | 31 | 0 | 0 | 1x16 2x4 | 1x16 | 13.5 | 4.00 |" in text
-    offline.main(["--markdown", str(path), "--dtype", "fp16"])
-    assert path.read_text() == text
-
-    offline.main(["--json", "--dtype", "bf16"])
-    assert all("/bf16/" in row["entry"] for row in json.loads(capsys.readouterr().out))
-    path.write_text("no markers")
-    with pytest.raises(ValueError, match="must contain"):
-        offline.main(["--markdown", str(path)])
