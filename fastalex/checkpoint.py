@@ -88,6 +88,13 @@ def sync_folder(folder: Path) -> None:
         os.close(handle)
 
 
+def write_whole(path: Path, text: str) -> None:
+    """Write a text file, whole or not at all; makes the folder."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as temporary:
+        temporary.write_text(text)
+
+
 def save_model(path: Path, model: AlexNet, card: ModelCard) -> None:
     """Raises OSError when the file cannot be written."""
     from safetensors.torch import save

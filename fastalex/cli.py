@@ -1,4 +1,4 @@
-"""The command line: `fastalex demo | train | eval | predict | inspect | bench`, or `python -m fastalex`.
+"""The command line: `fastalex demo | train | eval | predict | describe | inspect | bench`, or `python -m fastalex`.
 
 One thin function per subcommand; what it needs is imported when it runs, so that `--help` answers at once.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from json import dumps
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
@@ -224,6 +225,34 @@ def inspect(
         raise SystemExit(1)
 
 
+def describe(
+    variant: Literal["demo", "paper", "code2012", "torchvision", "bvlc_alexnet", "caffenet"] = "paper",
+    classes: int = 1000,
+    json: Path | None = None,
+    chart: Path | None = None,
+) -> None:
+    """Show what a variant consists of: shapes, neurons, parameters, arithmetic, memory for the backward pass.
+
+    Args:
+        variant: Which AlexNet: "demo" is narrow and takes 64x64 pictures, the others have the full size.
+        classes: Outputs of the last layer.
+        json: File for the same numbers as JSON, in bytes and operations.
+        chart: File (PNG) for a chart of them.
+    """
+    from fastalex.checkpoint import write_whole
+    from fastalex.describe import describe as description_of
+    from fastalex.training.recipes import demo_variant
+    from fastalex.visualize import figures
+    from fastalex.visualize.console import print_description
+
+    description = description_of(demo_variant() if variant == "demo" else variant, classes)
+    print_description(description)
+    if json is not None:
+        write_whole(json, dumps(description.to_dict(), indent=2) + "\n")
+    if chart is not None:
+        figures.layers(description, chart)
+
+
 def open_images(
     data: Path | None, preprocessing: Preprocessing, *, splits: tuple[str, ...], workers: int | None
 ) -> ImageSet:
@@ -253,6 +282,7 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "eval": evaluate,
     "predict": predict,
     "inspect": inspect,
+    "describe": describe,
 }
 
 

@@ -1,5 +1,6 @@
 """The command line as a newcomer meets it: help, one-line errors, and a round trip from training to prediction."""
 
+import json
 import subprocess
 import sys
 from typing import get_args, get_type_hints
@@ -43,7 +44,7 @@ def picture(tmp_path):
     return path
 
 
-@pytest.mark.parametrize("command", [[], ["demo"], ["train"], ["eval"], ["predict"], ["inspect"]])
+@pytest.mark.parametrize("command", [[], ["demo"], ["train"], ["eval"], ["predict"], ["inspect"], ["describe"]])
 def test_help(command, capsys):
     with pytest.raises(SystemExit) as stopped:
         cli.main([*command, "--help"])
@@ -179,3 +180,12 @@ def test_published_checkpoint_is_understood(capsys, picture, tmp_path):
     torch.save(AlexNet(variant="torchvision").state_dict(), path)
     cli.main(["predict", str(picture), "--weights", str(path), "--device", "cpu"])
     assert "the 5 likeliest" in capsys.readouterr().out
+
+
+def test_describe(capsys, tmp_path):
+    chart, numbers = tmp_path / "new" / "chart.png", tmp_path / "other" / "numbers.json"
+    cli.main(["describe", "--variant", "demo", "--classes", "10", "--chart", str(chart), "--json", str(numbers)])
+    assert "fc6" in capsys.readouterr().out
+    with Image.open(chart) as picture:
+        assert picture.width > picture.height > 300
+    assert json.loads(numbers.read_text())["totals"]["parameters"] > 0

@@ -12,8 +12,20 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 from torch import Tensor
 
-RIGHT, WRONG = "#1a7f37", "#c93c37"
+from fastalex.checkpoint import replacing
+from fastalex.describe import Description
+
+# Okabe and Ito's colours: told apart with every common kind of colour blindness, and in grey
+BLUE, ORANGE, GREEN, VERMILION, PURPLE, SKY = "#0072b2", "#e69f00", "#009e73", "#d55e00", "#cc79a7", "#56b4e9"
+RIGHT, WRONG = BLUE, ORANGE
 DPI = 100
+
+
+def save(figure: Figure, path: Path) -> None:
+    """Write the figure as PNG, whole or not at all; makes the folder."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as temporary:
+        figure.savefig(temporary, format="png")
 
 
 def learning_curve(epochs: Sequence[dict[str, Any]], path: Path) -> None:
@@ -32,7 +44,7 @@ def learning_curve(epochs: Sequence[dict[str, Any]], path: Path) -> None:
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(alpha=0.3)
         axes.legend()
-    figure.savefig(path)
+    save(figure, path)
 
 
 def filters(weight: Tensor, path: Path) -> None:
@@ -48,13 +60,13 @@ def filters(weight: Tensor, path: Path) -> None:
         axes.axis("off")
     for axes, kernel in zip(figure.axes, kernels, strict=False):
         axes.imshow(kernel.permute(1, 2, 0).squeeze(-1), cmap="gray", vmin=0, vmax=1)
-    figure.savefig(path)
+    save(figure, path)
 
 
 def contact_sheet(
     images: Tensor, labels: Sequence[int], probabilities: Tensor, classes: Sequence[str], path: Path, columns: int = 4
 ) -> None:
-    """Pictures with their three likeliest classes as bars, the true one in green.
+    """Pictures with their three likeliest classes as bars, the true one in blue.
 
     images: uint8 (N, C, H, W).  labels: N indices into `classes`.  probabilities: (N, classes).
     """
@@ -62,7 +74,7 @@ def contact_sheet(
     figure = Figure(figsize=(columns * 3.1, rows * 1.45 + 0.4), dpi=DPI, layout="constrained")
     right = int((probabilities.argmax(1) == torch.tensor(labels)).sum())
     figure.suptitle(
-        f"Held-out pictures and the network's best guesses: {right} of {len(images)} right (green: the true class)"
+        f"Held-out pictures and the network's best guesses: {right} of {len(images)} right (blue: the true class)"
     )
     cells = figure.subplots(rows, 2 * columns, squeeze=False, width_ratios=[1, 1.5] * columns)
     for axes in cells.flat:
@@ -77,4 +89,50 @@ def contact_sheet(
             bars.barh(place, share, height=0.25, color=colour)
             bars.text(0, place - 0.22, f"{classes[index]}  {share:.0%}", fontsize=9, va="bottom")
         bars.set(xlim=(0, 1.05), ylim=(2.4, -0.8))
-    figure.savefig(path)
+    save(figure, path)
+
+
+def layers(description: Description, path: Path) -> None:
+    """Where a network's parameters, arithmetic and memory are: three rows of bars, one bar a stage."""
+    stages = description.stages()
+    names = [" + ".join(layer.name for layer in rows) for rows in stages.values()]
+    places = range(len(names))
+
+    def sums(column: str, unit: float) -> list[float]:
+        return [sum(getattr(layer, column) or 0 for layer in rows) / unit for rows in stages.values()]
+
+    figure = Figure(figsize=(12, 4.2), dpi=DPI, layout="constrained")
+    figure.suptitle(
+        f"AlexNet, variant {description.variant}: {description.total('neurons'):,} neurons, "
+        f"{description.total('parameters'):,} parameters, of which fc6 holds "
+        f"{description.share('parameters', 'fc6'):.1%}"
+    )
+    parameters, flops, memory = figure.subplots(1, 3, sharey=True)
+    for axes, column, unit, colour, title in (
+        (parameters, "parameters", 1e6, BLUE, "Parameters, millions"),
+        (flops, "flops", 1e6, GREEN, "Arithmetic, MFLOP per picture"),
+    ):
+        bars = axes.barh(places, sums(column, unit), color=colour)
+        axes.bar_label(bars, fmt="{:,.2f}" if column == "parameters" else "{:,.0f}", padding=3, fontsize=8)
+        axes.set_title(title, fontsize=11)
+    for offset, column, colour, label in (
+        (-0.2, "eager_bytes", ORANGE, "torch.nn"),
+        (0.2, "fused_bytes", PURPLE, "fastalex"),
+    ):
+        total = description.total(column) / 1e6
+        bars = memory.barh(
+            [place + offset for place in places],
+            sums(column, 1e6),
+            height=0.4,
+            color=colour,
+            label=f"{label}: {total:.2f} MB",
+        )
+        memory.bar_label(bars, fmt="{:,.2f}", padding=3, fontsize=8)
+    memory.set_title("Kept for backward, MB per picture (fp32)", fontsize=11)
+    memory.legend(loc="lower right")
+    parameters.set_yticks(places, names)
+    parameters.invert_yaxis()
+    for axes in (parameters, flops, memory):
+        axes.margins(x=0.18)
+        axes.spines[["top", "right"]].set_visible(False)
+    save(figure, path)
