@@ -239,8 +239,8 @@ def describe(
         json: File for the same numbers as JSON, in bytes and operations.
         chart: File (PNG) for a chart of them.
     """
-    from fastalex.checkpoint import write_whole
     from fastalex.describe import describe as description_of
+    from fastalex.files import write_whole
     from fastalex.training.recipes import demo_variant
     from fastalex.visualize import figures
     from fastalex.visualize.console import print_description

@@ -12,8 +12,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 from torch import Tensor
 
-from fastalex.checkpoint import replacing
 from fastalex.describe import Description
+from fastalex.files import replacing
 
 # Okabe and Ito's colours: told apart with every common kind of colour blindness, and in grey
 BLUE, ORANGE, GREEN, VERMILION, PURPLE, SKY = "#0072b2", "#e69f00", "#009e73", "#d55e00", "#cc79a7", "#56b4e9"

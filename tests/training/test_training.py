@@ -10,6 +10,7 @@ from fastalex import AlexNet, alexnet, checkpoint
 from fastalex.checkpoint import MODEL, STATE
 from fastalex.data.image_sets import FashionMNIST
 from fastalex.evaluation.metrics import evaluate, in_top
+from fastalex.files import replacing
 from fastalex.training import loop
 from fastalex.training.recipes import DEMO_RECIPE, PAPER_RECIPE
 
@@ -140,7 +141,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
     path.write_text("old")
 
     def fail_half_way():
-        with checkpoint.replacing(path) as temporary:
+        with replacing(path) as temporary:
             temporary.write_text("half of the n")
             raise Stop
 
