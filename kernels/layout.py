@@ -43,3 +43,27 @@ def in_layout_of(x: Tensor, t: Tensor) -> Tensor:
     if is_channels_last(x):
         return t.movedim(1, -1).contiguous().movedim(-1, 1)
     return t.contiguous()
+
+
+def fold_weight(weight: Tensor, block: int) -> Tensor:
+    """The weight that does to `space_to_depth(x, block)` with stride 1 what `weight` does to x with stride `block`.
+
+    (K, C, R, S) -> (K, block * block * C, ceil(R / block), ceil(S / block)), channels_last; the rows and columns that
+    R and S lack to multiples of block are zeros.  Differentiable.  The image must be padded so that its blocks cover
+    the windows: (OH + ceil(R / block) - 1) * block rows.
+    """
+    rows, columns = weight.shape[2:]
+    padded = torch.nn.functional.pad(weight, (0, -columns % block, 0, -rows % block))
+    blocks = padded.unflatten(3, (-1, block)).unflatten(2, (-1, block))  # (K, C, R', i, S', j)
+    folded = blocks.permute(0, 2, 4, 3, 5, 1).flatten(3)  # (K, R', S', (i, j, C))
+    return folded.contiguous().permute(0, 3, 1, 2)
+
+
+def unfold_weight_grad(grad: Tensor, kernel_size: tuple[int, int], block: int) -> Tensor:
+    """The gradient of `weight` from that of `fold_weight(weight, block)`: drops what stands for the added zeros.
+
+    (K, block * block * C, R', S') -> (K, C, R, S), contiguous, with (R, S) = kernel_size.
+    """
+    blocks = grad.unflatten(1, (block, block, -1))  # (K, i, j, C, R', S')
+    whole = blocks.permute(0, 3, 4, 1, 5, 2).flatten(4).flatten(2, 3)
+    return whole[:, :, : kernel_size[0], : kernel_size[1]].contiguous()
