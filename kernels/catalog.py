@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from triton.runtime.jit import KernelInterface
 
-from . import bias_relu, lrn, lrn_max_pool, max_pool, relu_bias_grad
+from . import bias_relu, conv_relu, lrn, lrn_max_pool, max_pool, relu_bias_grad
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 LAYOUTS = {"channels_last": torch.channels_last, "nchw": torch.contiguous_format}
@@ -49,6 +49,10 @@ class Entry:
         return "/".join((self.variant, self.layer, self.operation, self.direction, self.dtype, self.layout))
 
     @property
+    def batch(self):
+        return BATCH
+
+    @property
     def image_elements(self):
         """Elements per image of the largest tensor: what work and traffic are divided by."""
         return self.channels * self.side**2
@@ -59,8 +63,9 @@ class Entry:
         out = torch.zeros(shape, dtype=dtype or DTYPES[self.dtype], device=device)
         return out.to(memory_format=LAYOUTS[self.layout]) if self.side > 1 else out
 
-    def call(self, batch=BATCH, device="meta"):
+    def call(self, batch=None, device="meta"):
         """Call the launcher on tensors of zeros, as the operator does."""
+        batch = batch or self.batch
         x = self.tensor(self.side, batch, device)
         pooled = (self.side - 3) // 2 + 1
         if self.operation == "bias_relu":
@@ -90,6 +95,71 @@ class Entry:
             else:
                 *norm, groups = self.norm
                 lrn_max_pool.lrn_max_pool_fwd(x, *norm, groups=groups, codes=codes, after_relu=self.fused)
+
+
+@dataclass(frozen=True)
+class ConvEntry:
+    """One call of `conv_relu` in one of its forms.
+
+    channels, side: of the input; features: of the output; kernel, stride and padding: of both dimensions.
+    batch: for which the form is meant.  precision: of fp32's products.
+    """
+
+    variant: str
+    layer: str
+    channels: int
+    side: int
+    features: int
+    kernel: int
+    stride: int
+    padding: int
+    groups: int
+    form: str = ""
+    dtype: str = "fp16"
+    precision: str = "ieee"
+    operation: str = "conv_relu"
+    direction: str = "forward"
+    layout: str = "channels_last"
+
+    @property
+    def name(self):
+        """As an `Entry`'s, with the form for the direction and tf32 for a dtype."""
+        kind = "tf32" if self.precision == "tf32" else self.dtype
+        return "/".join((self.variant, self.layer, self.operation, self.form, kind, self.layout))
+
+    @property
+    def batch(self):
+        return {"spatial": 32, "split_k": 1}.get(self.form, 2 * BATCH)
+
+    @property
+    def out_side(self):
+        return (self.side + 2 * self.padding - self.kernel) // self.stride + 1
+
+    @property
+    def image_elements(self):
+        """Elements per image of the output."""
+        return self.features * self.out_side**2
+
+    @property
+    def geometry(self):
+        """Stride, padding, dilation and groups as the launcher takes them."""
+        return (self.stride,) * 2, ((self.padding,) * 2,) * 2, (1, 1), self.groups
+
+    def tensors(self, batch=None, device="meta"):
+        """x, weight and bias of zeros."""
+        like = {"dtype": DTYPES[self.dtype], "device": device}
+        x = torch.zeros(batch or self.batch, self.channels, self.side, self.side, **like)
+        weight = torch.zeros(self.features, self.channels // self.groups, self.kernel, self.kernel, **like)
+        last = torch.channels_last
+        return (
+            x.contiguous(memory_format=last),
+            weight.contiguous(memory_format=last),
+            torch.zeros(self.features, **like),
+        )
+
+    def call(self, batch=None, device="meta"):
+        x, weight, bias = self.tensors(batch, device)
+        conv_relu.conv_relu(x, weight, bias, *self.geometry, form=self.form, precision=self.precision)
 
 
 @dataclass(frozen=True)
@@ -129,8 +199,8 @@ def recording():
         KernelInterface.__getitem__ = original
 
 
-def launches(entry, batch=BATCH):
-    """What a call launches at this batch size."""
+def launches(entry, batch=None):
+    """What a call launches at this batch size, by default the entry's own."""
     with recording() as found:
         entry.call(batch)
     return found
@@ -202,6 +272,31 @@ ENTRIES = {
     for entry in [replace(base, dtype=dtype, layout=layout)]
 }
 
+# conv1 also as a 3x3 convolution of what space-to-depth makes of the images: 48 channels, without padding.
+CONV_LAYERS = [
+    ConvEntry("paper", "conv1", 3, 224, 96, 11, 4, 2, 1),
+    ConvEntry("paper", "conv1_space_to_depth", 48, 57, 96, 3, 1, 0, 1),
+    ConvEntry("paper", "conv2", 96, 27, 256, 5, 1, 2, 2),
+    ConvEntry("paper", "conv3", 256, 13, 384, 3, 1, 1, 1),
+    ConvEntry("paper", "conv4", 384, 13, 384, 3, 1, 1, 2),
+    ConvEntry("paper", "conv5", 384, 13, 256, 3, 1, 1, 2),
+    ConvEntry("torchvision", "conv1", 3, 224, 64, 11, 4, 2, 1),
+    ConvEntry("torchvision", "conv1_space_to_depth", 48, 57, 64, 3, 1, 0, 1),
+    ConvEntry("torchvision", "conv2", 64, 27, 192, 5, 1, 2, 1),
+    ConvEntry("torchvision", "conv3", 192, 13, 384, 3, 1, 1, 1),
+    ConvEntry("torchvision", "conv4", 384, 13, 256, 3, 1, 1, 1),
+    ConvEntry("torchvision", "conv5", 256, 13, 256, 3, 1, 1, 1),
+]
+ENTRIES |= {
+    entry.name: entry
+    for base in CONV_LAYERS
+    for form in conv_relu.FORMS
+    # descriptors start at multiples of 16 bytes, which three channels do not
+    if form != "descriptors" or base.channels > 3
+    for dtype, precision in [("fp16", "ieee"), ("bf16", "ieee"), ("fp32", "ieee"), ("fp32", "tf32")]
+    for entry in [replace(base, form=form, dtype=dtype, precision=precision)]
+}
+
 
 def representative(dtype):
     """The entries that differ, of training in channels_last: the paper's, and caffenet's for the LRN on its own."""
@@ -210,6 +305,7 @@ def representative(dtype):
         entry
         for entry in ENTRIES.values()
         if (entry.dtype, entry.layout) == (dtype, "channels_last")
+        and isinstance(entry, Entry)
         and entry.direction != "inference"
         and ((entry.variant, entry.layer) in wanted or (entry.variant, entry.operation) == ("caffenet", "lrn"))
     ]

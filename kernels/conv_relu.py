@@ -421,6 +421,10 @@ class Config:
 ENOUGH_PROGRAMS = 132
 # A part of the sum shorter than this spends its time filling the pipeline.
 MIN_STEPS = 4
+# A tile of 128 x 96 sums is 96 registers per thread with 4 warps, and its narrowest copies are wider than with 8.
+FOUR_WARPS = 128 * 96
+# Of shared memory, for the pipeline of sm_90 and sm_100: 227 KB less the tile that is stored.
+PIPELINE_BYTES = 200 * 1024
 
 
 def heuristic(form, x, weight, pixels, groups, precision):
@@ -428,38 +432,42 @@ def heuristic(form, x, weight, pixels, groups, precision):
     images = x.shape[0]
     target = capability()
     features, channels = weight.shape[0] // groups, weight.shape[1]
-    taps = weight.shape[2] * weight.shape[3]
     ieee = x.dtype == torch.float32 and precision == "ieee"
-    # bytes of a row of a step in shared memory: 128, the widest swizzle; multiply-adds without tensor cores reread
-    # shared memory more often than they gain from long steps
-    depth = 16 if ieee else 128 // x.element_size()
+    # wgmma and tcgen05, which want 128 rows and read tiles from shared memory
     large = target in (90, 100) and not ieee
+    # 128 bytes of a row, the widest swizzle; products without tensor cores reread shared memory and gain nothing
+    depth = split_tile(channels, 16 if ieee else 128 // x.element_size())
 
     if form in ("batch_tiled", "descriptors"):
-        # by powers of two: what is compiled does not depend on the exact batch
-        rows = min(256 if large and x.element_size() == 2 else 128, max(16, triton.next_power_of_2(images)))
-        columns = split_tile(features, 128)
-        if form == "descriptors":
-            stages = 4 if large and sum(columns) <= 128 else 3
-            if target == 100:
-                stages = 3
-        else:
-            stages = 3
-        return Config(
-            rows, columns, split_tile(channels, depth), 8, stages, form == "descriptors" and target == 100 and not ieee
-        )
+        # powers of two: what is compiled does not follow every batch
+        rows = min(128, max(128 if large else 16, triton.next_power_of_2(images)))
+        # L2 to shared memory, bytes per multiply-add: 256 x 128 needs 3/4 of 128 x 128, and 256 x 192 7/12
+        if large and x.element_size() == 2 and triton.cdiv(images, 256) * 2 <= triton.cdiv(images, 128):
+            rows = 256
+        columns = (128, 64) if large and features % 192 == 0 else split_tile(features, 128)
+        if ieee and form == "descriptors":
+            # tiles of TMA lie across what FFMA reads, which takes registers: 443 spills with 128 x 128
+            return Config(rows, split_tile(features, 64), depth, 8, 3)
+        stages = 3
+        if form == "descriptors" and target == 90:
+            stages = min(4, PIPELINE_BYTES // ((rows + sum(columns)) * sum(depth) * x.element_size()))
+        warps = 4 if rows * sum(columns) <= FOUR_WARPS else 8
+        return Config(rows, columns, depth, warps, stages, form == "descriptors" and target == 100 and large)
 
-    rows = 64 if form == "split_k" or images * pixels < 128 * ENOUGH_PROGRAMS else 128
-    columns = split_tile(features, 64 if rows == 64 else 128)
-    chunks = split_tile(channels, depth if large else min(depth, 32))
+    rows = 128
+    if form == "split_k" or images * pixels * weight.shape[0] < 128 * 128 * ENOUGH_PROGRAMS:
+        rows = 64
+    columns = split_tile(features, rows)
     parts = 1
     if form == "split_k":
         programs = triton.cdiv(images * pixels, rows) * triton.cdiv(features, sum(columns)) * groups
-        steps = taps * triton.cdiv(channels, sum(chunks))
+        steps = weight[0, 0].numel() * triton.cdiv(channels, sum(depth))
         parts = max(1, min(triton.cdiv(ENOUGH_PROGRAMS, programs), steps // MIN_STEPS))
-        # no part may be empty
+        # as many as there are, none empty
         parts = triton.cdiv(steps, triton.cdiv(steps, parts))
-    return Config(rows, columns, chunks, 4 if rows == 64 else 8, 4, parts=parts)
+    warps = 4 if rows * sum(columns) <= FOUR_WARPS else 8
+    # a fourth tile of 128 x 192 would be too much for the 99 KB of sm_86, sm_89 and sm_120
+    return Config(rows, columns, depth, warps, 4 if sum(columns) <= 128 else 3, parts=parts)
 
 
 # ------------------------------------------------------------------------------------------------- launchers

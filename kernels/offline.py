@@ -123,6 +123,17 @@ def issued(code, count):
     return total
 
 
+def main_loop(code, products):
+    """(instructions, how many of them are `products`) of the shortest loop that has such opcodes, None without."""
+    loops = []
+    for address, target, _ in branches(code):
+        body = [opcode for first, opcode, *_ in code if target <= first <= address]
+        found = sum(opcode in products for opcode in body)
+        if found:
+            loops.append((len(body), found))
+    return min(loops, default=None)
+
+
 def access_bytes(opcode):
     """Bytes that one thread moves by a load or store with this opcode."""
     width = re.search(r"\.(?:U|S)?(8|16|64|128)(?:\.|$)", opcode)
@@ -156,16 +167,23 @@ def measured_cubin(built, launch, elements):
     for opcode, number in (thread or {}).items():
         pipes[pipe(opcode)] += number * threads / elements
     opcodes = Counter(opcode for _, opcode, *_ in code)
-    widths: dict[str, Counter[int]] = {"loads": Counter(), "stores": Counter()}
+    widths: dict[str, Counter[int]] = {"loads": Counter(), "stores": Counter(), "copies": Counter()}
     for opcode, number in opcodes.items():
-        kind = {"LDG": "loads", "STG": "stores"}.get(opcode.split(".")[0])
+        kind = {"LDG": "loads", "STG": "stores", "LDGSTS": "copies"}.get(opcode.split(".")[0])
         if kind:
             widths[kind][access_bytes(opcode)] += number
+    products = {opcode: number for opcode, number in opcodes.items() if pipe(opcode) == "tensor"}
+    if not products and "tt.dot" in built.asm["ttir"]:
+        products = {"FFMA": opcodes["FFMA"]}
     return {
         "registers": number_after("REG:", usage),
         "stack": number_after("STACK:", usage),
         "spills": sum(number for opcode, number in opcodes.items() if opcode.startswith(("LDL", "STL"))),
         **widths,
+        # TMA: tiles that descriptors copy
+        "tiles": sum(number for opcode, number in opcodes.items() if opcode.startswith(("UTMALDG", "UTMASTG"))),
+        "products": products,
+        "main_loop": main_loop(code, products),
         "instructions": None if thread is None else thread.total() * threads / elements,
         "pipes": pipes,
     }
@@ -186,6 +204,10 @@ def measured_amdgcn(built):
         "stack": field("private_segment_fixed_size"),
         "spills": field("vgpr_spill_count") + field("sgpr_spill_count"),
         **widths,
+        "copies": {},
+        "tiles": 0,
+        "products": Counter(re.findall(r"\bv_mfma_\w+", text)),
+        "main_loop": None,
         "instructions": None,
         "pipes": {},
     }
@@ -202,7 +224,7 @@ def compile_entry(name, target):
         start = time.perf_counter()
         built = launch.kernel.run(*launch.args, grid=launch.grid, warmup=True, **launch.constants)
         seconds = time.perf_counter() - start
-        elements = entry.image_elements * catalog.BATCH
+        elements = entry.image_elements * entry.batch
         code = measured_cubin(built, launch, elements) if "cubin" in built.asm else measured_amdgcn(built)
         out.append(
             {
@@ -210,6 +232,10 @@ def compile_entry(name, target):
                 "programs": launch.programs,
                 "warps": built.metadata.num_warps,
                 "shared": built.metadata.shared,
+                # columns of 128 x 4 bytes, of which sm_100 has 512 per multiprocessor
+                "tensor_memory": getattr(built.metadata, "tmem_size", 0) or 0,
+                # the compiler's answer to more tensor memory than there is
+                "trap": "llvm.trap" in built.asm["llir"],
                 **code,
                 "seconds": round(seconds, 1),
             }

@@ -98,9 +98,39 @@ def cut_as_in_a_batch():
             config.cache_clear()
 
 
+def sectors(elements, size):
+    """Bytes of whole sectors that so many elements of `size` bytes fill."""
+    return -(-elements * size // SECTOR) * SECTOR
+
+
+def count_convolution(entry):
+    """Bytes of each launch of a convolution: each tensor once.
+
+    Not counted in the interpreter, where a layer of full size takes minutes.  A test counts small ones: all forms read
+    and write every sector of their tensors.
+    """
+    x, weight, bias = entry.tensors()
+    y = entry.image_elements * entry.batch
+    size = x.element_size()
+    read = sum(sectors(tensor.numel(), size) for tensor in (x, weight))
+    found = [launch for launch in catalog.launches(entry)]
+    bytes_of = [(read, sectors(y, size))]
+    if len(found) == 2:
+        parts = sectors(found[1].argument("PARTS") * y, 4)
+        bytes_of = [(read, parts), (parts, sectors(y, size))]
+    # the bias goes into what is stored at last
+    bytes_of[-1] = bytes_of[-1][0] + sectors(bias.numel(), size), bytes_of[-1][1]
+    return [
+        {"kernel": launch.name, "read": read / y, "written": written / y}
+        for launch, (read, written) in zip(found, bytes_of, strict=True)
+    ]
+
+
 def count(name):
     """DRAM bytes that each launch of an entry reads and writes, per element of the entry's largest tensor."""
     entry = catalog.ENTRIES[name]
+    if isinstance(entry, catalog.ConvEntry):
+        return count_convolution(entry)
     image = entry.side > 1
     batch = 1 if image else catalog.BATCH
     with counting() as counted, cut_as_in_a_batch() if image else contextlib.nullcontext():

@@ -57,7 +57,7 @@ def rows(names: Sequence[str], targets: Sequence[str]) -> list[Row]:
     out = []
     for name in names:
         entry = catalog.ENTRIES[name]
-        elements = entry.image_elements * catalog.BATCH
+        elements = entry.image_elements * entry.batch
         for target in targets:
             shared = {"entry": name, "target": target, "dtype": entry.dtype, "layer": f"{entry.variant} {entry.layer}"}
             built, traffic = found[name, target], found[name, "traffic"]

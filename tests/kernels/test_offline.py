@@ -27,7 +27,9 @@ def cataloged(variant, batch, wanted):
     entries = [
         entry
         for entry in catalog.ENTRIES.values()
-        if (entry.variant, entry.dtype, entry.layout) == (variant, "fp32", "channels_last") and wanted(entry)
+        if isinstance(entry, catalog.Entry)
+        and (entry.variant, entry.dtype, entry.layout) == (variant, "fp32", "channels_last")
+        and wanted(entry)
     ]
     return Counter(signature(launch) for entry in entries for launch in catalog.launches(entry, batch))
 
@@ -157,6 +159,74 @@ def test_traffic(name, dtype, target, answers):
     assert floor(catalog.ENTRIES[request_of(name, dtype, target)[0]]) <= moved <= 1.05 * DESIGN[name][1]
 
 
+# ---- convolutions
+
+MATRIX = {"sm_80": "HMMA", "sm_86": "HMMA", "sm_89": "HMMA", "sm_90": "HGMMA", "sm_100": "UTCHMMA", "sm_120": "HMMA"}
+SHARED_KB = {"sm_80": 163, "sm_86": 99, "sm_89": 99, "sm_90": 227, "sm_100": 227, "sm_120": 99}
+# Instructions of the main loop per matrix instruction of the design
+MAIN_LOOP = {
+    ("paper/conv2/conv_relu/batch_tiled", "fp16", "sm_80"): 2.7,
+    ("paper/conv3/conv_relu/batch_tiled", "fp16", "sm_80"): 2.9,
+    ("paper/conv4/conv_relu/batch_tiled", "fp16", "sm_80"): 2.3,
+    ("paper/conv3/conv_relu/batch_tiled", "fp32", "sm_80"): 1.15,
+    ("paper/conv3/conv_relu/batch_tiled", "tf32", "sm_80"): 2.6,
+    ("paper/conv5/conv_relu/descriptors", "fp16", "sm_90"): 14.5,
+    ("paper/conv4/conv_relu/descriptors", "fp16", "sm_90"): 11.2,
+    ("paper/conv4/conv_relu/descriptors", "tf32", "sm_90"): 18,
+    ("paper/conv5/conv_relu/descriptors", "fp16", "sm_100"): 8.2,
+    ("paper/conv5/conv_relu/descriptors", "bf16", "sm_100"): 8.2,
+    ("paper/conv3/conv_relu/descriptors", "fp16", "sm_100"): 7.2,
+    ("paper/conv3/conv_relu/descriptors", "fp16", "sm_120"): 2.5,
+    ("paper/conv1_space_to_depth/conv_relu/batch_tiled", "fp16", "sm_80"): 2.5,
+    ("paper/conv2/conv_relu/spatial", "fp16", "sm_80"): 3.1,
+    ("paper/conv3/conv_relu/split_k", "fp16", "sm_90"): 31,
+}
+ALL_CONVOLUTIONS = [
+    (name.removesuffix(f"/{kind}/channels_last"), kind, target)
+    for name, entry in catalog.ENTRIES.items()
+    if isinstance(entry, catalog.ConvEntry)
+    for kind in ["tf32" if entry.precision == "tf32" else entry.dtype]
+    for target in MATRIX
+    # descriptors came with sm_90; sm_86 and sm_89 differ from sm_80 in their shared memory
+    if not (entry.form == "descriptors" and target in ("sm_80", "sm_86", "sm_89"))
+    and not (kind != "fp16" and target in ("sm_86", "sm_89"))
+]
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "target"),
+    [
+        pytest.param(*case, marks=() if case in MAIN_LOOP else pytest.mark.slow)
+        for case in dict.fromkeys([*MAIN_LOOP, *ALL_CONVOLUTIONS])
+    ],
+)
+def test_convolutions(name, dtype, target, answers):
+    """Matrix instructions of the target, whole copies, memory that the target has, nothing spilt."""
+    launches = answers[name, dtype, target]
+    assert "error" not in launches
+    entry = catalog.ENTRIES[f"{name}/{dtype}/channels_last"]
+    for code in launches:
+        assert code["spills"] == code["stack"] == 0
+        assert code["shared"] <= SHARED_KB[target] * 1024
+        assert code["tensor_memory"] <= 512
+        assert not code["trap"]
+    code = launches[0]
+    products = {opcode.split(".")[0] for opcode in code["products"]}
+    assert products == {"FFMA" if dtype == "fp32" else MATRIX[target]}
+    assert ("TF32" in str(code["products"])) == (dtype == "tf32" and target != "sm_100")
+    if entry.form == "descriptors":
+        assert code["tiles"]
+        assert not code["copies"]
+    elif entry.channels > 3:
+        # the second tile of 96 = 64 + 32 features at a depth of 16 = 48 - 32 channels has 4 elements per thread
+        narrowest = 8 if entry.channels == 48 else 16
+        assert min(map(int, code["copies"])) >= narrowest
+    assert "8" in launches[-1]["stores"] or "16" in launches[-1]["stores"] or entry.form == "descriptors"
+    if (name, dtype, target) in MAIN_LOOP:
+        instructions, number = code["main_loop"]
+        assert instructions / number <= MAIN_LOOP[name, dtype, target]
+
+
 # ---- the tools
 
 LISTING = """
@@ -188,6 +258,12 @@ def test_pipes():
         "BRA": "control",
     }  # fmt: skip
     assert {opcode: offline.pipe(opcode) for opcode in opcodes} == opcodes
+
+
+def test_the_main_loop():
+    code = offline.instructions(LISTING)
+    assert offline.main_loop(code, {"LDG.E.128"}) == (5, 1)
+    assert offline.main_loop(code, {"EXIT"}) is None
 
 
 def test_access_bytes():
