@@ -7,9 +7,13 @@ file or the new one, never half of one.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import io
 import json
+import os
+import pickle
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +24,8 @@ from fastalex.alexnet import METADATA_KEY, AlexNet, Variant
 from fastalex.data.preprocessing import Preprocessing
 from fastalex.files import replacing
 
-MODEL, STATE = "model.safetensors", "state.pt"
+MODEL, STATE, PREVIOUS_STATE = "model.safetensors", "state.pt", "state.previous.pt"
+STATE_FORMAT = 2
 
 
 @dataclass(frozen=True)
@@ -89,17 +94,39 @@ def load_model(path: Path) -> tuple[AlexNet, ModelCard]:
 
 
 def save_state(path: Path, **state: Any) -> None:
-    """Raises OSError when the file cannot be written."""
+    """Writes `path`, and keeps the file that was there as its predecessor.  Raises OSError if it cannot be written."""
     # through memory, because torch.save to a full disk does not say what was wrong
     content = io.BytesIO()
-    torch.save(state, content)
+    torch.save({"format": STATE_FORMAT, **state}, content)
     with replacing(path) as temporary:
         temporary.write_bytes(content.getbuffer())
+        if path.exists():
+            link = path.with_name(f".{PREVIOUS_STATE}.partial")
+            # some file systems have no hard links; there only the current state is kept
+            with contextlib.suppress(OSError):
+                link.unlink(missing_ok=True)
+                os.link(path, link)
+                os.replace(link, path.with_name(PREVIOUS_STATE))
 
 
 def load_state(path: Path) -> dict[str, Any]:
-    """What `save_state` wrote.  Raises FileNotFoundError where there is nothing to go on from."""
+    """What `save_state` wrote.
+
+    Raises FileNotFoundError where there is nothing to go on from, ValueError for a file that is damaged or of another
+    kind, naming its predecessor if there is one.
+    """
     if not path.is_file():
         raise FileNotFoundError(f"nothing to resume: no {path}")
-    state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    try:
+        with zipfile.ZipFile(path) as archive:  # PyTorch itself does not compare the checksums
+            damaged = archive.testzip()
+        if damaged is not None:
+            raise ValueError(f"wrong checksum in {damaged}")
+        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, ValueError, RuntimeError, EOFError, zipfile.BadZipFile, pickle.UnpicklingError) as error:
+        previous = path.with_name(PREVIOUS_STATE)
+        remedy = f"; {previous} is the one before it: rename it to {path.name}" if previous.exists() else ""
+        raise ValueError(f"{path} cannot be read ({error}){remedy}") from error
+    if state.get("format") != STATE_FORMAT:
+        raise ValueError(f"{path} was written by another version of fastalex")
     return state

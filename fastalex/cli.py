@@ -5,6 +5,8 @@ One thin function per subcommand; what it needs is imported when it runs, so tha
 
 from __future__ import annotations
 
+import contextlib
+import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -53,35 +55,57 @@ def demo(out: Path = Path("runs/demo"), epochs: int = 24, device: str | None = N
 
 def train(
     data: Path | None = None,
-    variant: Literal["demo", "paper", "code2012", "torchvision", "bvlc_alexnet", "caffenet"] = "demo",
+    recipe: Literal["demo", "paper", "caffe", "torchvision", "fast"] | None = None,
+    variant: Literal["demo", "paper", "code2012", "torchvision", "bvlc_alexnet", "caffenet"] | None = None,
     out: Path = Path("runs/train"),
     epochs: int | None = None,
     batch_size: int | None = None,
     lr: float | None = None,
-    amp: Literal["off", "bf16", "fp16"] = "off",
+    label_smoothing: float | None = None,
+    amp: Literal["off", "bf16", "fp16"] | None = None,
+    accumulate: int = 1,
+    compile: bool = False,
+    deterministic: bool = False,
     device: str | None = None,
     workers: int | None = None,
     seed: int = 0,
     resume: bool = False,
+    save_minutes: float = 10.0,
+    save_steps: int | None = None,
+    tensorboard: bool = False,
 ) -> None:
     """Train a model; after every epoch a checkpoint and a line of metrics.jsonl are written to the output folder.
+
+    SIGTERM and Ctrl-C save the state and end the run. On several GPUs: torchrun --nproc-per-node 8 -m fastalex train
+    ...
 
     Args:
         data: Folder with train/CLASS/*.jpg and val/CLASS/*.jpg; by default the Fashion-MNIST sample that ships
             with fastalex.
-        variant: Which AlexNet: "demo" is narrow and takes 64x64 pictures, the others have the full size.
+        recipe: How to train: "paper" (2012), "caffe" (its bvlc_alexnet), "torchvision", "fast" (large batches for
+            many GPUs), "demo" (minutes on a CPU). By default "demo", or "paper" with another --variant.
+        variant: Which AlexNet, by default the recipe's: "demo" is narrow and takes 64x64 pictures, the others have
+            the full size.
         out: Folder for model.safetensors (for eval and predict), state.pt (for --resume) and metrics.jsonl.
-        epochs: Passes over the training pictures; by default 24 for "demo", 90 for the others.
-        batch_size: Pictures per step; by default 50 for "demo", 128 for the others.
-        lr: Highest learning rate; by default 0.025 for "demo", 0.01 for the others.
+        epochs: Passes over the training pictures.
+        batch_size: Pictures per step, in all processes together.
+        lr: Highest learning rate.
+        label_smoothing: Share of the target that is spread over all classes.
         amp: Automatic mixed precision: bf16, or fp16 with loss scaling.
+        accumulate: Cut each step's pictures into this many pieces, one after the other, to save memory.
+        compile: Pass the model through torch.compile.
+        deterministic: Take only algorithms that give the same bits in every run, slower on a GPU.
         device: cpu, cuda, cuda:1, ...; by default a GPU if there is one.
         workers: Processes that read pictures from --data; by default one per core, 8 at most.
         seed: Of the initial weights, the order of the pictures, the crops and the dropout.
-        resume: Go on after the last complete epoch in the output folder.
+        resume: Go on with the run in the output folder, if there is one.
+        save_minutes: How often state.pt is written within an epoch.
+        save_steps: Write state.pt after this many steps, too.
+        tensorboard: Write metrics for TensorBoard, too, into the output folder.
     """
     import torch
 
+    from fastalex import distributed
     from fastalex.alexnet import VARIANTS, AlexNet
     from fastalex.checkpoint import STATE
     from fastalex.data.image_sets import FashionMNIST
@@ -89,27 +113,58 @@ def train(
     from fastalex.training import loop, recipes
     from fastalex.visualize.console import ProgressBar, console
 
-    recipe = recipes.DEMO_RECIPE if variant == "demo" else replace(recipes.PAPER_RECIPE, variant=VARIANTS[variant])
-    if variant == "demo" and data is not None:
-        recipe = replace(recipe, variant=recipes.demo_variant(channels=3))
-    given: dict[str, Any] = {"epochs": epochs, "batch_size": batch_size, "lr": lr, "seed": seed}
-    recipe = replace(recipe, **{name: value for name, value in given.items() if value is not None})
-    if not resume and (out / STATE).exists():
-        raise ValueError(f"{out} holds a run already: go on with --resume, or choose another folder with --out")
+    chosen = recipes.RECIPES[recipe or ("demo" if variant in (None, "demo") else "paper")]
+    if variant is not None and variant != "demo":
+        chosen = replace(chosen, variant=VARIANTS[variant])
+    elif variant == "demo" or chosen is recipes.DEMO_RECIPE:
+        chosen = replace(chosen, variant=recipes.demo_variant(channels=1 if data is None else 3))
+    given: dict[str, Any] = {
+        "epochs": epochs,
+        "batch_size": batch_size,
+        "lr": lr,
+        "label_smoothing": label_smoothing,
+        "amp": amp,
+        "seed": seed,
+    }
+    chosen = replace(chosen, **{name: value for name, value in given.items() if value is not None})
+    options = loop.Options(accumulate, compile, save_minutes, save_steps, tensorboard)
+    if deterministic:
+        # cuBLAS reads it when it starts
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+        torch.backends.cudnn.benchmark = False
     where = find_device(device)
+    if distributed.launched():
+        if device is None and where.type == "cuda":
+            where = torch.device("cuda", distributed.local_rank())
+        workers = max(1, min(8, (os.cpu_count() or 1) // distributed.local_size())) if workers is None else workers
     make = FashionMNIST.preprocessing_for if data is None else Preprocessing.for_photos
-    preprocessing = make(recipe.variant.in_channels, recipe.variant.crop)
+    preprocessing = make(chosen.variant.in_channels, chosen.variant.crop)
     images = open_images(data, preprocessing, splits=("train", "test"), workers=workers)
-    torch.manual_seed(recipe.seed)
-    model = AlexNet(len(images.classes), recipe.dropout, variant=recipe.variant).to(where)
-    console.print(f"{images.count('train'):,} training pictures of {len(images.classes)} classes, on {where}")
-    try:
-        with ProgressBar(recipe.epochs, images.count("train")) as watcher:
-            loop.train(model, images, recipe, out, amp=amp, resume=resume, watcher=watcher)
-    except KeyboardInterrupt:
-        console.print(f"stopped; the same command with --resume goes on after the last complete epoch in {out}")
-        raise SystemExit(130) from None
-    console.print(f"wrote {out}")
+    with distributed.process_group(where):
+        exists = distributed.from_rank_0((out / STATE).exists())
+        if exists and not resume and not distributed.restarted():
+            raise ValueError(f"{out} holds a run already: go on with --resume, or choose another folder with --out")
+        first = distributed.rank() == 0
+        if first:
+            if resume and not exists:
+                console.print(f"nothing to resume in {out}: starting from the beginning")
+            processes = f", {distributed.size()} processes" if distributed.size() > 1 else ""
+            console.print(
+                f"{images.count('train'):,} training pictures of {len(images.classes)} classes, on {where}{processes}"
+            )
+        torch.manual_seed(chosen.seed)
+        model = AlexNet(len(images.classes), chosen.dropout, variant=chosen.variant).to(where)
+        bar = ProgressBar(chosen.epochs, images.count("train")) if first else contextlib.nullcontext()
+        try:
+            with bar as watcher:
+                loop.train(model, images, chosen, out, options=options, resume=exists, watcher=watcher)
+        except loop.Stopped as stopped:
+            if first:
+                console.print(f"{stopped}; the same command with --resume goes on with {out}")
+            raise SystemExit(128 + stopped.signal) from None
+        if first:
+            console.print(f"wrote {out}")
 
 
 def evaluate(

@@ -1,43 +1,97 @@
-"""The training loop, in plain PyTorch.
+"""The training loop, in plain PyTorch, for one process or many.
 
-Each epoch starts from a seed of its own (`Recipe.seed` and its number), which fixes the order of the pictures, the
-crops and the dropout.  The end of an epoch is therefore a complete restart point without any saved random state: a
-run that was killed and resumed ends with the same weights as one that was not.
+A batch is cut into pieces, one for each process (and, with gradient accumulation, several).  Before each piece the
+random generators start from a seed made of the recipe's seed, the step and the piece, which fixes crops, colours and
+dropout; the order of the pictures comes from the seed and the epoch.  So nothing random needs saving: any step is a
+complete restart point, a run that was killed and resumed ends with the same weights as one that was not, and N
+processes compute what one process computes that accumulates N pieces, up to rounding.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import hashlib
 import json
+import signal
+import sys
+import threading
 import time
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, cast
 
 import torch
 import torch.nn.functional as F
-from torch import nn
-from torch.optim import SGD, lr_scheduler
+from torch import Tensor, nn
 
+from fastalex import distributed
 from fastalex.alexnet import AlexNet
 from fastalex.checkpoint import MODEL, STATE, ModelCard, load_state, save_model, save_state
 from fastalex.data.image_sets import ImageSet
-from fastalex.evaluation.metrics import evaluate
+from fastalex.evaluation.metrics import Scores, evaluate
+from fastalex.files import write_whole
+from fastalex.training.optimizer import make_optimizer, rate_at, set_rate
 from fastalex.training.recipes import Recipe
 
 AMP_DTYPES = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+METRICS = "metrics.jsonl"
+IGNORED = -100  # the label that cross_entropy leaves out
+
+# Many processes agree on stopping and saving only this often: asking is a message between all of them, 0.1 ms to
+# 1 ms, where a step on a fast GPU takes 5 ms.
+AGREE_EVERY = 8
+# Reading the loss makes the host wait for the device, so a diverging run goes on for at most this many steps.
+CHECK_LOSS_EVERY = 100
 
 Epoch = dict[str, Any]
-"""One line of metrics.jsonl: epoch, train_loss, test_loss, top1, top5, lr, seconds, images_per_second."""
+"""One line of metrics.jsonl: epoch, train_loss, test_loss, top1, top5, lr (of the epoch's last step), seconds,
+images_per_second, data_wait (the share of those seconds that the loop waited for pictures), peak_memory_bytes (of the
+GPU's allocator, or of the process)."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """How a run is carried out, which is no part of the recipe.
+
+    accumulate: pieces into which each process cuts its share of a batch, to save memory.
+    compile: the model through torch.compile.
+    save_minutes, save_steps: how often the state is saved within an epoch.
+    tensorboard: the lines of metrics.jsonl as curves too, in the folder's `tensorboard`.
+    """
+
+    accumulate: int = 1
+    compile: bool = False
+    save_minutes: float = 10.0
+    save_steps: int | None = None
+    tensorboard: bool = False
+
+    def __post_init__(self) -> None:
+        if self.accumulate < 1:
+            raise ValueError(f"accumulate must be at least 1, got {self.accumulate}")
+        if self.save_steps is not None and self.save_steps < 1:
+            raise ValueError(f"save_steps must be at least 1, got {self.save_steps}")
+        if not self.save_minutes >= 0:
+            raise ValueError(f"save_minutes must not be negative, got {self.save_minutes}")
 
 
 class Watcher:
     """Told what happens during training; this one keeps silent."""
 
-    def epoch_begins(self, epoch: int) -> None: ...
+    def epoch_begins(self, epoch: int, images_done: int) -> None: ...
 
     def batch_done(self, images: int) -> None: ...
 
     def epoch_ends(self, metrics: Epoch) -> None: ...
+
+
+class Stopped(Exception):
+    """Training ended early, on a signal; unless the message says otherwise its state is saved."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(f"stopped by {signal.Signals(number).name}")
+        self.signal = number
 
 
 def train(
@@ -46,118 +100,366 @@ def train(
     recipe: Recipe,
     folder: Path,
     *,
-    amp: str = "off",
+    options: Options | None = None,
     resume: bool = False,
     watcher: Watcher | None = None,
 ) -> list[Epoch]:
-    """Train the model, and write model.safetensors, state.pt and metrics.jsonl to `folder` after each epoch.
+    """Train the model.  Writes model.safetensors and metrics.jsonl to `folder` after each epoch, state.pt more often.
 
-    Returns the lines of metrics.jsonl.  With `resume` the run in `folder` goes on after its last complete epoch:
-    FileNotFoundError if there is none, ValueError if it was started with another recipe.
+    Returns the lines of metrics.jsonl.  With `resume` the run in `folder` goes on where its state was saved.
+
+    Raises FileNotFoundError if there is nothing to resume; ValueError if that was another recipe or set, or the file
+    cannot be read; OSError if a file cannot be written; FloatingPointError when the loss is no longer a number;
+    Stopped after SIGTERM or Ctrl-C, once the state is saved.
     """
-    watcher = watcher or Watcher()
     folder.mkdir(parents=True, exist_ok=True)
-    device = next(model.parameters()).device
-    card = ModelCard(model.variant, data.classes, data.preprocessing, recipe.dropout)
-
-    # fused: one kernel for all parameters, 1.2x faster steps than the default at batch 32 on a Sapphire Rapids
-    optimizer = SGD(model.parameters(), recipe.lr, recipe.momentum, weight_decay=recipe.weight_decay, fused=True)
-    steps = -(-data.count("train") // recipe.batch_size)
-    schedule = make_schedule(optimizer, recipe, steps)
-    scaler = torch.amp.GradScaler(device.type, enabled=amp == "fp16")
-    history: list[Epoch] = []
-    # as text, because torch.load(weights_only=True) refuses the named tuples in a recipe
-    described = json.dumps(dataclasses.asdict(recipe))
+    run = Run(model, data, recipe, folder, options or Options(), watcher or Watcher())
     if resume:
-        state = load_state(folder / STATE)
-        if state["recipe"] != described:
-            raise ValueError(f"{folder} was trained with another recipe: {state['recipe']}")
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        schedule.load_state_dict(state["schedule"])
-        scaler.load_state_dict(state["scaler"])
-        history = state["history"]
-    metrics_file = folder / "metrics.jsonl"
-    # an epoch whose state was not saved yet will run again and must not be listed twice
-    metrics_file.write_text("".join(json.dumps(line) + "\n" for line in history))
+        run.load()
+    with run.caught_signals():
+        run.finish()
+    return run.history
 
-    for epoch in range(len(history) + 1, recipe.epochs + 1):
-        watcher.epoch_begins(epoch)
+
+class Run:
+    """A training run: what its state consists of, and how it advances."""
+
+    def __init__(
+        self, model: AlexNet, data: ImageSet, recipe: Recipe, folder: Path, options: Options, watcher: Watcher
+    ) -> None:
+        self.model, self.data, self.recipe, self.folder = model, data, recipe, folder
+        self.options, self.watcher = options, watcher
+        self.device = next(model.parameters()).device
+        self.rank, self.size = distributed.rank(), distributed.size()
+        self.pieces = self.size * options.accumulate
+        if recipe.batch_size < self.pieces:
+            raise ValueError(
+                f"batch_size must be at least the number of processes times accumulate, {self.pieces}, "
+                f"got {recipe.batch_size}"
+            )
+        self.steps_per_epoch = recipe.steps_per_epoch(data.count("train"))
+        self.optimizer = make_optimizer(model, recipe)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=recipe.amp == "fp16")
+        self.forward = prepare(model, data, recipe, options, self.device)
+
+        self.step = 0  # of the whole run: the next one to take
+        self.history: list[Epoch] = []
+        # of the epoch under way
+        self.loss = torch.zeros((), device=self.device)
+        self.seconds = self.waited = 0.0
+
+        self.mark = self.saved = time.perf_counter()
+        self.saved_step = -1
+        self.signal: int | None = None
+        self.evaluating = False
+
+    # -- advancing
+
+    def finish(self) -> None:
+        self.write_metrics()
+        writer = open_tensorboard(self.folder, len(self.history) + 1) if self.options.tensorboard else None
+        while len(self.history) < self.recipe.epochs:
+            try:
+                self.train_epoch()
+                scores = self.evaluate()
+            except Stopped:
+                # the others may be elsewhere, so many processes save together or not at all
+                if self.size == 1 and self.saved_step != self.step:
+                    self.save()
+                raise
+            line = self.end_epoch(scores)
+            if writer is not None and self.rank == 0:
+                for name in line.keys() - {"epoch"}:
+                    writer.add_scalar(name, line[name], line["epoch"])
+                writer.flush()
+            self.watcher.epoch_ends(line)
+            if len(self.history) < self.recipe.epochs and self.agreed() == "stop":
+                raise Stopped(self.signal or signal.SIGTERM)
+
+    def train_epoch(self) -> None:
+        """What is left of the epoch under way."""
+        epoch = len(self.history)
+        done = self.step - epoch * self.steps_per_epoch
+        batches = self.batches_of(epoch)
+        mine = slice(self.rank * self.options.accumulate, (self.rank + 1) * self.options.accumulate)
+        pieces = [piece for batch in batches[done:] for piece in batch.tensor_split(self.pieces)[mine]]
+        # a last batch with fewer pictures than pieces leaves some empty: they read one picture, and ignore it
+        filled = [piece if len(piece) else batches[0][:1] for piece in pieces]
+        self.watcher.epoch_begins(epoch + 1, sum(map(len, batches[:done])))
+        self.model.train()
+        self.mark = time.perf_counter()
+        pictures = iter(self.data.batches("train", filled))
+        counts = iter(map(len, pieces))
+        for batch in batches[done:]:
+            self.take_step(pictures, counts, len(batch))
+            self.watcher.batch_done(len(batch))
+            now = time.perf_counter()
+            self.seconds += now - self.mark
+            self.mark = now
+            if self.step % CHECK_LOSS_EVERY == 0:
+                self.check_loss(self.loss)
+            what = self.agreed()
+            if what != "go on":
+                self.save()
+            if what == "stop":
+                raise Stopped(self.signal or signal.SIGTERM)
+
+    def batches_of(self, epoch: int) -> list[Tensor]:
+        """The indices of the pictures in each batch of the epoch, the same in every process."""
+        generator = torch.Generator().manual_seed(seed_of(self.recipe.seed, "order", epoch))
+        order = torch.randperm(self.data.count("train"), generator=generator)
+        return list(order.split(self.recipe.batch_size)[: self.steps_per_epoch])
+
+    def take_step(self, pictures: Iterator[tuple[Tensor, Tensor]], counts: Iterator[int], batch_size: int) -> None:
+        recipe, device = self.recipe, self.device
+        amp = AMP_DTYPES[recipe.amp]
+        rate = rate_at(recipe, self.step, self.steps_per_epoch, [1 - line["top1"] for line in self.history])
+        set_rate(self.optimizer, rate, in_velocity=recipe.lr_in_velocity)
+        self.optimizer.zero_grad(set_to_none=True)
+        total = torch.zeros_like(self.loss)
+        for i in range(self.options.accumulate):
+            images, labels = self.fetch(pictures)
+            torch.manual_seed(seed_of(recipe.seed, "step", self.step, self.rank * self.options.accumulate + i))
+            images = self.data.preprocessing.for_training(images.to(device, non_blocking=True))
+            labels = labels.to(device, non_blocking=True)
+            if next(counts) == 0:
+                labels = torch.full_like(labels, IGNORED)
+            with self.gradients_stay_here(i < self.options.accumulate - 1):
+                with torch.autocast(device.type, amp, enabled=amp is not None):
+                    loss = F.cross_entropy(
+                        self.forward(images), labels, reduction="sum", label_smoothing=recipe.label_smoothing
+                    )
+                # DistributedDataParallel divides the sum of gradients by the number of processes
+                self.scaler.scale(loss * (self.size / batch_size)).backward()
+            total += loss.detach()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        # summed on the device: reading it here would make the host wait for every step
+        self.loss += total
+        self.step += 1
+
+    def gradients_stay_here(self, wanted: bool) -> contextlib.AbstractContextManager[Any]:
+        if wanted and isinstance(self.forward, nn.parallel.DistributedDataParallel):
+            return self.forward.no_sync()
+        return contextlib.nullcontext()
+
+    def fetch(self, pictures: Iterator[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
         started = time.perf_counter()
-        torch.manual_seed(1_000_003 * recipe.seed + epoch)
-        loss = train_epoch(model, data, recipe, optimizer, schedule, scaler, AMP_DTYPES[amp], watcher)
-        seconds = time.perf_counter() - started
-        scores = evaluate(model, data)
-        if isinstance(schedule, lr_scheduler.ReduceLROnPlateau):
-            schedule.step(1 - scores.top1)
+        try:
+            return next(pictures)
+        except RuntimeError:
+            # Ctrl-C in a terminal reaches the processes that read pictures too, and ends them
+            if self.signal is None:
+                raise
+            raise Stopped(self.signal) from None
+        finally:
+            self.waited += time.perf_counter() - started
+
+    def evaluate(self) -> Scores:
+        # with one process nothing changes during evaluation, so a signal may end it at once
+        self.evaluating = self.size == 1
+        try:
+            if self.evaluating and self.signal is not None:
+                raise Stopped(self.signal)
+            return evaluate(self.model, self.data)
+        finally:
+            self.evaluating = False
+
+    def end_epoch(self, scores: Scores) -> Epoch:
+        loss = distributed.sum_over_processes(self.loss)
+        self.check_loss(loss)
+        pictures = min(self.data.count("train"), self.steps_per_epoch * self.recipe.batch_size)
         line: Epoch = {
-            "epoch": epoch,
-            "train_loss": loss,
+            "epoch": len(self.history) + 1,
+            "train_loss": loss.item() / pictures,
             "test_loss": scores.loss,
             "top1": scores.top1,
             "top5": scores.top5,
-            "lr": optimizer.param_groups[0]["lr"],
-            "seconds": seconds,
-            "images_per_second": data.count("train") / seconds,
+            "lr": self.optimizer.param_groups[0]["lr"],
+            "seconds": self.seconds,
+            "images_per_second": pictures / self.seconds,
+            "data_wait": self.waited / self.seconds,
+            "peak_memory_bytes": peak_memory(self.device),
         }
-        history.append(line)
-        save_model(folder / MODEL, model, card)
-        save_state(
-            folder / STATE,
-            recipe=described,
-            model=model.state_dict(),
-            optimizer=optimizer.state_dict(),
-            schedule=schedule.state_dict(),
-            scaler=scaler.state_dict(),
-            history=history,
+        self.history.append(line)
+        self.loss = torch.zeros_like(self.loss)
+        self.seconds = self.waited = 0.0
+        if self.rank == 0:
+            card = ModelCard(self.model.variant, self.data.classes, self.data.preprocessing, self.recipe.dropout)
+            save_model(self.folder / MODEL, self.model, card)
+        self.save()
+        self.write_metrics()
+        return line
+
+    def check_loss(self, loss: Tensor) -> None:
+        if not torch.isfinite(loss):
+            raise self.diverged()
+
+    def diverged(self) -> FloatingPointError:
+        state = self.folder / STATE
+        saved = f"; {state} holds an earlier step" if state.exists() else ""
+        return FloatingPointError(
+            f"the loss was not a number by step {self.step - len(self.history) * self.steps_per_epoch} of epoch "
+            f"{len(self.history) + 1}: lower the learning rate (now {self.optimizer.param_groups[0]['lr']:g}){saved}"
         )
-        with metrics_file.open("a") as file:
-            file.write(json.dumps(line) + "\n")
-        watcher.epoch_ends(line)
-    return history
+
+    # -- never losing work
+
+    @contextlib.contextmanager
+    def caught_signals(self) -> Iterator[None]:
+        """SIGTERM and Ctrl-C let the step under way finish; a second one of its kind acts as ever."""
+        if threading.current_thread() is not threading.main_thread():  # Python delivers signals to the main thread
+            yield
+            return
+
+        def catch(number: int, frame: object) -> None:
+            signal.signal(number, before[number])
+            self.signal = number
+            if self.evaluating:
+                raise Stopped(number)
+
+        before: dict[int, Any] = {n: signal.signal(n, catch) for n in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def agreed(self) -> Literal["go on", "save", "stop"]:
+        """What to do after this step, the same in every process."""
+        by_steps = self.options.save_steps is not None and self.step % self.options.save_steps == 0
+        last = self.step % self.steps_per_epoch == 0
+        if self.size > 1 and self.step % AGREE_EVERY and not last:
+            return "save" if by_steps else "go on"
+        due = by_steps or time.perf_counter() - self.saved >= 60 * self.options.save_minutes
+        wish = 2 if self.signal is not None else 1 if due else 0
+        return ("go on", "save", "stop")[distributed.largest(wish, self.device)]  # type: ignore[return-value]
+
+    def save(self) -> None:
+        """Write state.pt, after every process has contributed."""
+        loss = distributed.sum_over_processes(self.loss.clone())
+        self.check_loss(loss)
+        parameters = dict(self.model.named_parameters())
+        if self.rank == 0:
+            weights = {name: p.detach() for name, p in parameters.items()}
+            # an infinite gradient can ruin the weights a step before the loss shows it
+            if not all(bool(torch.isfinite(w).all()) for w in weights.values()):
+                raise self.diverged()
+            velocity = {name: self.optimizer.state[p].get("momentum_buffer") for name, p in parameters.items()}
+            save_state(
+                self.folder / STATE,
+                recipe=self.described(),
+                classes=list(self.data.classes),
+                pictures=self.data.count("train"),
+                step=self.step,
+                weights=weights,
+                velocity=velocity,
+                rates=[group["lr"] for group in self.optimizer.param_groups],
+                scaler=self.scaler.state_dict(),
+                history=self.history,
+                loss=loss,
+                seconds=self.seconds,
+                waited=self.waited,
+            )
+        self.saved, self.saved_step = time.perf_counter(), self.step
+
+    def load(self) -> None:
+        """Go on from the state.pt that rank 0 sees.  Raises FileNotFoundError or ValueError, as `train` says."""
+        state = load_state(self.folder / STATE) if self.rank == 0 else {}
+        if self.rank == 0:
+            for name, mine in (("recipe", self.described()), ("classes", list(self.data.classes))):
+                if state[name] != mine:
+                    raise ValueError(f"{self.folder} was trained with another {difference(name, state[name], mine)}")
+            if state["pictures"] != self.data.count("train"):
+                raise ValueError(
+                    f"{self.folder} was trained with {state['pictures']:,} pictures, not {self.data.count('train'):,}"
+                )
+        weights, velocity = state.pop("weights", {}), state.pop("velocity", {})
+        state = distributed.from_rank_0(state)
+        with torch.no_grad():
+            for name, parameter in self.model.named_parameters():
+                if self.rank == 0:
+                    parameter.copy_(weights[name])
+                distributed.copy_from_rank_0(parameter)
+                if state["step"] > 0:
+                    buffer = torch.zeros_like(parameter)
+                    if self.rank == 0:
+                        buffer.copy_(velocity[name])
+                    distributed.copy_from_rank_0(buffer)
+                    self.optimizer.state[parameter]["momentum_buffer"] = buffer
+        for group, rate in zip(self.optimizer.param_groups, state["rates"], strict=True):
+            group["lr"] = rate
+        self.scaler.load_state_dict(state["scaler"])
+        self.step, self.history = state["step"], state["history"]
+        if self.rank == 0:  # the others' shares are in it
+            self.loss.copy_(state["loss"])
+        self.seconds, self.waited = state["seconds"], state["waited"]
+
+    def described(self) -> dict[str, Any]:
+        """The recipe in the plain types that torch.load(weights_only=True) accepts."""
+        plain: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(self.recipe)))
+        return plain
+
+    def write_metrics(self) -> None:
+        if self.rank == 0:
+            write_whole(self.folder / METRICS, "".join(json.dumps(line) + "\n" for line in self.history))
 
 
-def train_epoch(
-    model: nn.Module,
-    data: ImageSet,
-    recipe: Recipe,
-    optimizer: SGD,
-    schedule: lr_scheduler.LRScheduler,
-    scaler: torch.amp.GradScaler,
-    amp: torch.dtype | None,
-    watcher: Watcher,
-) -> float:
-    """One pass over the training pictures in random order; returns the mean loss in nats.
-
-    Raises FloatingPointError when the loss is no longer a number.
-    """
-    model.train()
-    device = next(model.parameters()).device
-    total = torch.zeros((), device=device)
-    order = torch.randperm(data.count("train"))
-    for images, labels in data.batches("train", order.split(recipe.batch_size)):
-        images = data.preprocessing.for_training(images.to(device, non_blocking=True))
-        labels = labels.to(device, non_blocking=True)
-        with torch.autocast(device.type, amp, enabled=amp is not None):
-            loss = F.cross_entropy(model(images), labels)
-        optimizer.zero_grad(set_to_none=True)
-        scaler.scale(loss).backward()
-        scaler.step(optimizer)
-        scaler.update()
-        if not isinstance(schedule, lr_scheduler.ReduceLROnPlateau):
-            schedule.step()
-        # summed on the device: reading it here would make the host wait for every step
-        total += loss.detach() * len(labels)
-        watcher.batch_done(len(labels))
-    mean = total.item() / len(order)
-    if mean != mean:
-        raise FloatingPointError(f"the loss is not a number: lower the learning rate (now {recipe.lr})")
-    return mean
+def prepare(model: AlexNet, data: ImageSet, recipe: Recipe, options: Options, device: torch.device) -> nn.Module:
+    """The model as training calls it: compiled, in CUDA graphs, spread over processes, or as it is."""
+    forward: nn.Module = model
+    graphs = recipe.cuda_graphs and device.type == "cuda"
+    if graphs and recipe.batch_size % distributed.size():
+        raise ValueError(
+            f"batch_size must be a multiple of the number of processes, {distributed.size()}, for CUDA graphs, "
+            f"got {recipe.batch_size}"
+        )
+    if options.compile:
+        forward = cast(nn.Module, torch.compile(forward, mode="reduce-overhead" if graphs else None))
+    elif graphs and options.accumulate == 1:  # a second replay would overwrite the first one's gradients
+        crop, amp = data.preprocessing.crop, AMP_DTYPES[recipe.amp]
+        pictures = recipe.batch_size // distributed.size()
+        sample = torch.zeros(pictures, data.preprocessing.channels, crop, crop, device=device)
+        model.train()
+        with torch.autocast(device.type, amp, enabled=amp is not None, cache_enabled=False):
+            forward = cast(nn.Module, torch.cuda.make_graphed_callables(model, (sample,)))
+    if distributed.size() > 1:
+        forward = nn.parallel.DistributedDataParallel(
+            forward, [device] if device.type == "cuda" else None, gradient_as_bucket_view=True
+        )
+    return forward
 
 
-def make_schedule(optimizer: SGD, recipe: Recipe, steps: int) -> lr_scheduler.LRScheduler:
-    if recipe.schedule == "plateau":
-        return lr_scheduler.ReduceLROnPlateau(optimizer, factor=0.1, patience=recipe.patience)
-    return lr_scheduler.OneCycleLR(
-        optimizer, recipe.lr, total_steps=recipe.epochs * steps, pct_start=0.25, cycle_momentum=False
-    )
+def seed_of(*parts: int | str) -> int:
+    """A seed in which every part counts; PyTorch's CPU generator looks at the low 32 bits of what it is given."""
+    digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1
+
+
+def difference(name: str, before: Any, now: Any) -> str:
+    """What differs between two recipes, or two lists of classes, in a few words."""
+    if name != "recipe":
+        return f"set of classes: {len(before)} ({before[0]}, ...), not {len(now)} ({now[0]}, ...)"
+    fields = [f"{key} was {before.get(key)!r}, not {now[key]!r}" for key in now if before.get(key) != now[key]]
+    return f"recipe: {'; '.join(fields) or 'it has other fields'}"
+
+
+def peak_memory(device: torch.device) -> int:
+    """The most bytes in use at once so far: of the GPU's allocator, or of the whole process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        import resource
+    except ModuleNotFoundError:  # Windows
+        return 0
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def open_tensorboard(folder: Path, first_epoch: int) -> Any:
+    """A writer that forgets the epochs from this one on.  Raises ValueError without TensorBoard."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ModuleNotFoundError:
+        raise ValueError("this needs TensorBoard: pip install 'fastalex[tensorboard]'") from None
+    return SummaryWriter(str(folder / "tensorboard"), purge_step=first_epoch)

@@ -2,33 +2,80 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from math import sqrt
 from typing import Literal
 
-from fastalex.alexnet import PAPER, Conv, Variant
+from fastalex.alexnet import BVLC_ALEXNET, PAPER, TORCHVISION, Conv, Variant
 from fastalex.functional import ResponseNorm
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a model is trained: SGD with momentum, and a learning rate that follows `schedule`.
+    """What a model is trained with: SGD with momentum, and a learning rate that follows `schedule`.
 
-    "one-cycle" rises to `lr` over the first quarter of all steps and falls to almost nothing (Smith and Topin 2017);
-    "plateau" divides it by 10 when the test loss has not improved for `patience` epochs (the 2012 paper, where the
-    authors did so by hand).
+    "plateau" divides the rate by 10 when the test error has not improved for `patience` epochs, three times at most
+    (the 2012 paper, where the authors did so by hand); "step" divides it by 10 every `step_epochs`; "one-cycle" rises
+    to `lr` over the first quarter of all steps and falls to almost nothing (Smith and Topin 2017); "cosine" falls to
+    nothing along half a cosine.  Whatever the schedule, the first `warmup_epochs` rise to it linearly.
+
+    batch_size: pictures per step, of all processes together.
+    bias_lr, bias_decay: the rate of biases, relative to that of weights, and whether they decay.
+    lr_in_velocity: v = m v + lr (g + wd w), w -= v, as the 2012 paper and Caffe write it, instead of PyTorch's
+        v = m v + g + wd w, w -= lr v.  The two differ only in the first steps after the rate changes.
+    trust: LARS's coefficient (You et al. 2017), which makes each layer's rate proportional to its weights' norm over
+        its gradient's; None for the same rate everywhere.
+    drop_last: leave out an epoch's last batch if it is not full.
+    cuda_graphs: on a GPU, replay the forward and backward pass from a CUDA graph.  Needs `drop_last`.
+    amp: automatic mixed precision: bf16, or fp16 with loss scaling.
     """
 
     variant: Variant
     epochs: int
     batch_size: int
     lr: float
-    schedule: Literal["one-cycle", "plateau"]
+    schedule: Literal["plateau", "step", "one-cycle", "cosine"]
     momentum: float = 0.9
     weight_decay: float = 5e-4
     dropout: float = 0.5
     patience: int = 5
+    step_epochs: int = 30
+    warmup_epochs: float = 0.0
+    bias_lr: float = 1.0
+    bias_decay: bool = True
+    lr_in_velocity: bool = False
+    trust: float | None = None
+    label_smoothing: float = 0.0
+    drop_last: bool = False
+    cuda_graphs: bool = False
+    amp: Literal["off", "bf16", "fp16"] = "off"
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "batch_size", "patience", "step_epochs"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if not 0 < self.lr < float("inf"):
+            raise ValueError(f"lr must be a positive number, got {self.lr}")
+        for name in ("momentum", "dropout", "label_smoothing"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 0 and less than 1, got {getattr(self, name)}")
+        if not self.weight_decay >= 0:
+            raise ValueError(f"weight_decay must not be negative, got {self.weight_decay}")
+        if not 0 <= self.warmup_epochs <= self.epochs:
+            raise ValueError(f"warmup_epochs must be between 0 and epochs = {self.epochs}, got {self.warmup_epochs}")
+        if self.cuda_graphs and not self.drop_last:
+            raise ValueError("cuda_graphs needs drop_last: a graph takes batches of one size only")
+
+    def steps_per_epoch(self, pictures: int) -> int:
+        """Raises ValueError for a set that is smaller than the only batches it may use."""
+        steps = pictures // self.batch_size if self.drop_last else -(-pictures // self.batch_size)
+        if steps == 0:
+            raise ValueError(
+                f"batch_size must be at most the number of training pictures, {pictures}, got {self.batch_size}"
+            )
+        return steps
 
 
 def _he_std(inputs: int, kernel_size: int = 1) -> float:
@@ -61,6 +108,51 @@ def demo_variant(channels: int = 1) -> Variant:
     )
 
 
-# Krizhevsky et al. 2012, section 5: about 90 epochs, the rate divided three times.
-PAPER_RECIPE = Recipe(PAPER, epochs=90, batch_size=128, lr=0.01, schedule="plateau")
 DEMO_RECIPE = Recipe(demo_variant(), epochs=24, batch_size=50, lr=0.025, schedule="one-cycle", dropout=0.3)
+
+# Krizhevsky et al. 2012, section 5: about 90 epochs, the rate divided three times.
+PAPER_RECIPE = Recipe(PAPER, epochs=90, batch_size=128, lr=0.01, schedule="plateau", lr_in_velocity=True)
+
+# BVLC/caffe, models/bvlc_alexnet/{solver,train_val}.prototxt: 450,000 steps of 256 pictures, the rate divided every
+# 100,000; biases with twice the rate and no decay.
+CAFFE_RECIPE = Recipe(
+    BVLC_ALEXNET,
+    epochs=90,
+    batch_size=256,
+    lr=0.01,
+    schedule="step",
+    step_epochs=20,
+    bias_lr=2.0,
+    bias_decay=False,
+    lr_in_velocity=True,
+)
+
+# pytorch/vision, references/classification: 8 processes with 32 pictures each.  Its crops have random sizes and
+# shapes, which this recipe leaves out.
+TORCHVISION_RECIPE = Recipe(
+    TORCHVISION, epochs=90, batch_size=256, lr=0.01, schedule="step", step_epochs=30, weight_decay=1e-4
+)
+
+# Large batches for many GPUs, after You, Gitman and Ginsburg 2017 (arXiv:1708.03888: AlexNet with batches up to 8K).
+# `lr` is relative to `trust`: each layer's step is at most lr * trust = 0.8 % of its weights' norm, before momentum.
+FAST_RECIPE = Recipe(
+    PAPER,
+    epochs=90,
+    batch_size=4096,
+    lr=8.0,
+    schedule="cosine",
+    warmup_epochs=5,
+    bias_decay=False,
+    trust=0.001,
+    drop_last=True,
+    cuda_graphs=True,
+    amp="bf16",
+)
+
+RECIPES: Mapping[str, Recipe] = {
+    "demo": DEMO_RECIPE,
+    "paper": PAPER_RECIPE,
+    "caffe": CAFFE_RECIPE,
+    "torchvision": TORCHVISION_RECIPE,
+    "fast": FAST_RECIPE,
+}

@@ -49,10 +49,9 @@ class ProgressBar(Watcher):
     def __exit__(self, *exception: object) -> None:
         self._progress.stop()
 
-    def epoch_begins(self, epoch: int) -> None:
-        self._progress.update(
-            self._task, completed=(epoch - 1) * self._per_epoch, description=f"epoch {epoch}/{self._epochs}"
-        )
+    def epoch_begins(self, epoch: int, images_done: int) -> None:
+        done = (epoch - 1) * self._per_epoch + images_done
+        self._progress.update(self._task, completed=done, description=f"epoch {epoch}/{self._epochs}")
 
     def batch_done(self, images: int) -> None:
         self._progress.advance(self._task, images)
@@ -60,7 +59,8 @@ class ProgressBar(Watcher):
     def epoch_ends(self, metrics: Epoch) -> None:
         console.print(
             f"epoch {metrics['epoch']:3d}   training loss {metrics['train_loss']:.3f}   "
-            f"test accuracy {metrics['top1']:6.1%}   {metrics['images_per_second']:,.0f} images/s",
+            f"test accuracy {metrics['top1']:6.1%}   {metrics['images_per_second']:,.0f} images/s, "
+            f"{metrics['data_wait']:.0%} of the time waiting for them",
             highlight=False,
         )
 

@@ -1,0 +1,95 @@
+"""One process or many: the few questions that training and evaluation ask about the others.
+
+Processes are started by `torchrun`, which tells each its rank in the environment.  Alone, every function here answers
+without communication.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from datetime import timedelta
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+T = TypeVar("T")
+
+# the longest that the others may wait for rank 0 to write a checkpoint to a slow disk
+TIMEOUT = timedelta(minutes=10)
+
+
+def launched() -> bool:
+    """Whether torchrun, or a scheduler that sets the same variables, started this process."""
+    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+
+
+def restarted() -> bool:
+    """Whether torchrun started this process in the place of one that failed."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+
+
+def local_rank() -> int:
+    """This process's number among those of its machine."""
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def local_size() -> int:
+    """The number of processes on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+@contextlib.contextmanager
+def process_group(device: torch.device) -> Iterator[None]:
+    """Joins the processes that torchrun started, with NCCL between GPUs and Gloo between CPUs; alone, does nothing."""
+    if not launched():
+        yield
+        return
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def sum_over_processes(tensor: Tensor) -> Tensor:
+    """The sum of the tensor over all processes, in place."""
+    if size() > 1:
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def largest(number: int, device: torch.device) -> int:
+    """The largest of all processes' numbers."""
+    if size() == 1:
+        return number
+    tensor = torch.tensor(number, device=device)
+    dist.all_reduce(tensor, dist.ReduceOp.MAX)
+    return int(tensor)
+
+
+def from_rank_0(thing: T) -> T:
+    """Rank 0's object, which must be picklable, in every process."""
+    things = [thing]
+    if size() > 1:
+        dist.broadcast_object_list(things, src=0)
+    return things[0]
+
+
+def copy_from_rank_0(tensor: Tensor) -> None:
+    """Fills the tensor with rank 0's values."""
+    if size() > 1:
+        dist.broadcast(tensor, src=0)
