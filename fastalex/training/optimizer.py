@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.optim import SGD
 
 from fastalex.training.recipes import Recipe
@@ -28,7 +29,7 @@ def rate_at(recipe: Recipe, step: int, steps_per_epoch: int, errors: Sequence[fl
         return half_cosine(recipe.lr, 0.0, (step - warmup) / (total - warmup))
     # as torch.optim.lr_scheduler.OneCycleLR with pct_start=0.25 and its default factors
     start, peak, last = recipe.lr / 25, 0.25 * total - 1, total - 1
-    if step <= peak:
+    if step < peak:
         return half_cosine(start, recipe.lr, step / peak)
     return half_cosine(recipe.lr, start / 1e4, (step - peak) / (last - peak))
 
@@ -52,24 +53,29 @@ def plateaus(errors: Sequence[float], patience: int) -> int:
 
 
 def make_optimizer(model: nn.Module, recipe: Recipe) -> SGD:
-    """Weights in the first parameter group, biases in the second; `set_rate` knows both."""
-    parameters = list(model.parameters())
-    groups: list[dict[str, Any]] = [
-        {
-            "params": [p for p in parameters if p.dim() > 1],
-            "weight_decay": recipe.weight_decay,
-            "relative_lr": 1.0,
-        },
-        {
-            "params": [p for p in parameters if p.dim() == 1],
-            "weight_decay": recipe.weight_decay if recipe.bias_decay else 0.0,
-            "relative_lr": recipe.bias_lr,
-        },
-    ]
+    """Weights and biases in parameter groups of their own; `set_rate` knows them."""
+    groups: list[dict[str, Any]] = []
+    for bias in (False, True):
+        parameters = [p for p in model.parameters() if (p.dim() == 1) == bias]
+        # PyTorch updates a group at once, which it cannot do when some are spread over processes and some are whole
+        for spread in (False, True):
+            groups.append(
+                {
+                    "params": [p for p in parameters if isinstance(p, DTensor) == spread],
+                    "weight_decay": recipe.weight_decay if recipe.bias_decay or not bias else 0.0,
+                    "relative_lr": recipe.bias_lr if bias else 1.0,
+                }
+            )
+    groups = [group for group in groups if group["params"]]
     if recipe.trust is not None:
-        return LARS(groups, recipe.lr, recipe.momentum, trust=recipe.trust)
+        return LARS(groups, recipe.lr, recipe.momentum, trust=recipe.trust, layers=layers_of(model))
     # fused: one kernel for all parameters, 1.2x faster steps than the default at batch 32 on a Sapphire Rapids
     return SGD(groups, recipe.lr, recipe.momentum, fused=True)
+
+
+def layers_of(model: nn.Module) -> list[list[nn.Parameter]]:
+    """The parameters that belong together: of each module, its own."""
+    return [own for module in model.modules() if (own := list(module.parameters(recurse=False)))]
 
 
 def set_rate(optimizer: SGD, rate: float, *, in_velocity: bool) -> None:
@@ -87,36 +93,54 @@ class LARS(SGD):
     """Layer-wise adaptive rate scaling (You, Gitman, Ginsburg 2017, arXiv:1708.03888), around momentum SGD.
 
     The gradient of a layer (its weight and its bias together), decay included, is multiplied by
-    trust * |w| / (|g| + wd |w|).  A bias shares its weight's factor, because one that starts at zero has no norm to
-    go by.  Two parameter groups: weights, and as many biases in the same order.
+    trust * |w| / (|g| + wd |w|), wd being the weight's.  A bias shares its weight's factor, because one that starts at
+    zero has no norm to go by.
     """
 
-    def __init__(self, groups: list[dict[str, Any]], lr: float, momentum: float, *, trust: float) -> None:
+    def __init__(
+        self,
+        groups: list[dict[str, Any]],
+        lr: float,
+        momentum: float,
+        *,
+        trust: float,
+        layers: list[list[nn.Parameter]],
+    ) -> None:
         # not fused: a gradient scaler would hand a fused optimizer gradients that are still scaled
         super().__init__(groups, lr, momentum, foreach=True)
-        self.trust = trust
+        self.trust, self.layers = trust, layers
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
-        weights, biases = self.param_groups
-        decays = [weights["weight_decay"], biases["weight_decay"]]
-        for layer in zip(weights["params"], biases["params"], strict=True):
-            gradients = [p.grad for p in layer]
-            size, gradient_size = norm(layer), norm(gradients)
-            factor = self.trust * size / (gradient_size + decays[0] * size)
+        decays = {p: group["weight_decay"] for group in self.param_groups for p in group["params"]}
+        for layer in self.layers:
+            size, gradient_size = norm(layer), norm([p.grad for p in layer])
+            factor = self.trust * size / (gradient_size + decays[layer[0]] * size)
             # a layer without weights or gradients has no scale: leave it to plain SGD
             factor = torch.where((size > 0) & (gradient_size > 0), factor, 1.0)
-            for parameter, gradient, decay in zip(layer, gradients, decays, strict=True):
-                gradient.add_(parameter, alpha=decay).mul_(factor)
+            for parameter in layer:
+                local(parameter.grad).add_(local(parameter), alpha=decays[parameter]).mul_(factor)
         # the decay is in the gradients now
-        weights["weight_decay"] = biases["weight_decay"] = 0.0
+        kept = [group["weight_decay"] for group in self.param_groups]
+        for group in self.param_groups:
+            group["weight_decay"] = 0.0
         try:
             return super().step(closure)
         finally:
-            weights["weight_decay"], biases["weight_decay"] = decays
+            for group, decay in zip(self.param_groups, kept, strict=True):
+                group["weight_decay"] = decay
 
 
-def norm(tensors: Sequence[Tensor]) -> Tensor:
+def norm(tensors: Sequence[Any]) -> Tensor:
     """The Euclidean norm of all elements, also of tensors that are spread over processes."""
-    norms = [torch.linalg.vector_norm(tensor) for tensor in tensors]
-    return torch.linalg.vector_norm(torch.stack([n.full_tensor() if hasattr(n, "full_tensor") else n for n in norms]))
+    return torch.linalg.vector_norm(torch.stack([whole(torch.linalg.vector_norm(tensor)) for tensor in tensors]))
+
+
+def whole(tensor: Any) -> Tensor:
+    """The tensor itself, or all of one that is spread over processes; then each of them must ask."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def local(tensor: Any) -> Tensor:
+    """The tensor itself, or this process's part of it, sharing its memory."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
