@@ -48,23 +48,25 @@ def output_size(size, kernel, stride, padding, dilation):
 
 
 @triton.jit
-def tap_range(start, size, TAPS: tl.constexpr, DILATION: tl.constexpr):
+def tap_range(start, size, taps, DILATION: tl.constexpr):
     """[first, stop) of the taps t for which start + t * DILATION lies in [0, size); first = stop if there are none."""
     # Triton's // rounds to zero: wrong for negative numbers, which the bounds replace anyway
-    first = tl.minimum(tl.maximum((DILATION - 1 - start) // DILATION, 0), TAPS)
-    stop = tl.minimum((size - start + DILATION - 1) // DILATION, TAPS)
+    first = tl.minimum(tl.maximum((DILATION - 1 - start) // DILATION, 0), taps)
+    stop = tl.minimum((size - start + DILATION - 1) // DILATION, taps)
     return first, tl.maximum(stop, first)
 
 
 @triton.jit
-def next_step(r, s, c, s_first, s_stop, CHANNELS: tl.constexpr, DEPTH: tl.constexpr):
-    """The step after (r, s, c): DEPTH channels on, then one tap in [s_first, s_stop) on, then one row of taps on."""
+def next_step(
+    r, s, c, s_first, s_stop, channels, DEPTH: tl.constexpr, R_STEP: tl.constexpr = 1, S_STEP: tl.constexpr = 1
+):  # fmt: skip
+    """The step after (r, s, c): DEPTH channels on, then S_STEP taps in [s_first, s_stop), then R_STEP rows of taps."""
     c += DEPTH
-    done = c >= CHANNELS
+    done = c >= channels
     c = tl.where(done, 0, c)
-    s = tl.where(done, s + 1, s)
+    s = tl.where(done, s + S_STEP, s)
     done = s >= s_stop
-    r = tl.where(done, r + 1, r)
+    r = tl.where(done, r + R_STEP, r)
     s = tl.where(done, s_first, s)
     return r, s, c
 
