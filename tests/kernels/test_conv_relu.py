@@ -1,24 +1,40 @@
 """Convolution with bias and ReLU, every form against float64."""
 
+import itertools
+
 import pytest
 import torch
 import torch.nn.functional as F
-from tolerances import assert_matches
+import triton
+import triton.language as tl
+from compiling import compiled
+from tolerances import SLACK, UNIT_ROUNDOFF, assert_matches
+from triton.runtime.interpreter import InterpreterBuilder
 
-from fastalex.kernels.conv_relu import FORMS, conv_relu, unsupported
+from fastalex.kernels import conv_relu as module
+from fastalex.kernels import traffic
+from fastalex.kernels.conv_relu import FORMS, Config, conv_relu, unsupported
+from fastalex.kernels.implicit_gemm import output_size, split_tile
 from fastalex.kernels.registers import interpreting
+
+HALF, BRAIN, SINGLE = torch.float16, torch.bfloat16, torch.float32
+NONE = ((0, 0), (0, 0))
+ONES = ((1, 1), (1, 1))
+# stride, padding, dilation, groups
+PLAIN = ((1, 1), NONE, (1, 1), 1)
+SAME = ((1, 1), ONES, (1, 1), 1)
 
 
 def last(x):
     return x.contiguous(memory_format=torch.channels_last)
 
 
-def sample(shape, features, kernel, groups, dtype, bias_dtype=None):
+def sample(shape, features, kernel, groups=1, dtype=SINGLE):
     """x, weight and bias; the weight's scale keeps outputs near 1."""
     fan = shape[1] // groups * kernel[0] * kernel[1]
     x = last(torch.randn(shape).to(dtype))
     weight = last((torch.randn(features, shape[1] // groups, *kernel) / fan**0.5).to(dtype))
-    return x, weight, torch.randn(features).to(bias_dtype or dtype)
+    return x, weight, torch.randn(features).to(dtype)
 
 
 def truth(x, weight, bias, stride, padding, dilation, groups):
@@ -33,23 +49,327 @@ def truth(x, weight, bias, stride, padding, dilation, groups):
     return convolved(x.double(), weight.double(), bias), magnitude
 
 
+def check(x, weight, bias, stride, padding, dilation, groups, *, form, relu=True, against=None, **options):
+    """y within the tolerance of float64; `against` is another geometry (mutants)."""
+    geometry = (stride, padding, dilation, groups)
+    expected, magnitude = truth(x, weight, bias, *(against or geometry))
+    y = conv_relu(x, weight, bias, *geometry, form=form, relu=relu, **options)
+    assert y.dtype == x.dtype
+    assert y.is_contiguous(memory_format=torch.channels_last)
+    terms = weight[0].numel() + 1
+    if options.get("precision") == "tf32":
+        # factors lose what is behind their 10 bits
+        magnitude = magnitude * (1 + 2.01 * 2**-10 / (UNIT_ROUNDOFF[SINGLE] * (terms + SLACK)))
+    truncates = x.dtype == BRAIN and interpreting()
+    expected = expected.relu() if relu else expected
+    assert_matches(y, expected, terms=terms, magnitude=magnitude, truncates=truncates)
+    return y
+
+
 CASES = {
-    "3x3": ((3, 32, 3, 4), 32, (3, 3), (1, 1), ((1, 1), (1, 1)), (1, 1), 2),
-    "odd": ((2, 7, 4, 3), 5, (2, 3), (2, 1), ((1, 0), (0, 2)), (1, 2), 1),
+    "3x3, two groups": ((3, 32, 3, 4), 32, (3, 3), ((1, 1), ONES, (1, 1), 2)),
+    "odd everything": ((2, 7, 4, 3), 5, (2, 3), ((2, 1), ((1, 0), (0, 2)), (1, 2), 1)),
+    "48 = 32 + 16 channels, 96 = 64 + 32 features": ((2, 48, 2, 3), 96, (2, 2), ((1, 1), ((1, 0), (0, 1)), (1, 1), 1)),
+    "two tiles of features, two of channels": ((2, 96, 1, 3), 192, (1, 2), PLAIN),
+    "three groups, dilation 2": ((2, 48, 3, 3), 48, (3, 3), ((1, 1), ((2, 2), (2, 2)), (2, 2), 3)),
+    "four groups, stride 2": ((2, 64, 3, 2), 64, (2, 2), ((2, 2), ((0, 1), (1, 1)), (1, 1), 4)),
+    "one channel per group": ((2, 3, 3, 3), 6, (2, 2), ((1, 1), NONE, (1, 1), 3)),
+    "conv1": ((2, 3, 8, 11), 12, (11, 11), ((4, 4), ((2, 2), (2, 2)), (1, 1), 1)),
+    "one pixel": ((2, 16, 1, 1), 16, (1, 1), PLAIN),
+    "windows in the padding alone": ((2, 16, 1, 2), 16, (2, 1), ((1, 2), ((3, 2), (1, 3)), (1, 1), 1)),
 }
 
 
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("dtype", [HALF, BRAIN, SINGLE])
 @pytest.mark.parametrize("case", CASES)
 def test_values(case, dtype, form):
-    shape, features, kernel, *geometry = CASES[case]
+    shape, features, kernel, geometry = CASES[case]
     x, weight, bias = sample(shape, features, kernel, geometry[-1], dtype)
     if unsupported(form, x, weight, *geometry):
         pytest.skip("not for this form")
-    expected, magnitude = truth(x, weight, bias, *geometry)
-    y = conv_relu(x, weight, bias, *geometry, form=form)
-    assert y.is_contiguous(memory_format=torch.channels_last)
-    truncates = dtype == torch.bfloat16 and interpreting()
-    terms = weight[0].numel() + 1
-    assert_matches(y, expected.relu(), terms=terms, magnitude=magnitude, truncates=truncates)
+    check(x, weight, bias, *geometry, form=form)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("kernel", range(1, 12))
+def test_kernels(kernel, form):
+    """Of 1 to 11, and strides of 1 to 4."""
+    stride = (1 + kernel % 4, 1 + (kernel + 2) % 4)
+    padding = ((kernel // 2, (kernel - 1) // 2), ((kernel - 1) // 2, kernel // 2))
+    check(*sample((2, 16, 4, 3), 16, (kernel, kernel)), stride, padding, (1, 1), 1, form=form)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("batch", [1, 2, 3, 18, 130])
+def test_batches(batch, form):
+    check(*sample((batch, 16, 2, 2), 16, (3, 3), dtype=HALF), *SAME, form=form)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_tiles_beyond_the_ends(form):
+    """More than one tile of rows, the last one partial; tiles of two widths, more than one of them."""
+    x, weight, bias = sample((18, 96, 2, 1), 96, (2, 1))
+    config = Config(16, (32, 16), (32, 16), 4, 2, parts=3 if form == "split_k" else 1)
+    check(x, weight, bias, *PLAIN, form=form, config=config)
+
+
+@pytest.mark.parametrize("form", [form for form in FORMS if form != "descriptors"])
+def test_partial_tiles_of_channels(form):
+    x, weight, bias = sample((3, 20, 2, 2), 22, (2, 2))
+    config = Config(16, (16, 0), (16, 0), 4, 2, parts=3 if form == "split_k" else 1)
+    check(x, weight, bias, *SAME, form=form, config=config)
+
+
+@pytest.mark.parametrize("parts", [1, 2, 5, 9])
+def test_parts_of_the_sum(parts):
+    x, weight, bias = sample((1, 16, 3, 3), 16, (3, 3))
+    check(x, weight, bias, *SAME, form="split_k", config=Config(16, (16, 0), (16, 0), 4, 2, parts=parts))
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("dtype", [HALF, SINGLE])
+def test_bias_and_relu_are_optional(dtype, form):
+    x, weight, bias = sample((2, 16, 2, 2), 16, (2, 2), dtype=dtype)
+    assert (check(x, weight, None, *PLAIN, form=form, relu=False) < 0).any()
+    check(x, weight, None, *PLAIN, form=form)
+    check(x, weight, bias.float().repeat_interleave(2)[::2], *PLAIN, form=form, relu=False)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_tf32(form):
+    check(*sample((2, 32, 2, 2), 32, (2, 2)), *SAME, form=form, precision="tf32")
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_nan_and_infinities(value, form):
+    """They reach the outputs whose windows contain them and no others: what is skipped or masked is not read."""
+    x, weight, bias = sample((3, 32, 3, 3), 16, (2, 2), dtype=HALF)
+    x[1, 3, 1, 1] = value
+    x[0, 31, 2, 2] = value
+    bias[2] = value
+    y = check(x, weight, bias, *SAME, form=form)
+    assert y.isfinite().float().mean() > 0.7
+    if value != value:
+        assert y[:, 2].isnan().all()
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_an_infinite_weight_at_the_border(form):
+    """torch multiplies the zeros of the padding, too: NaN.  Forms that skip them have nothing to multiply."""
+    x, weight, bias = sample((1, 16, 2, 2), 16, (2, 2))
+    weight[0, 0, 0, 0] = torch.inf
+    y = conv_relu(x, weight, bias, *SAME, form=form)
+    assert y[0, 0, 0].isnan().any() == (form in ("spatial", "split_k"))
+    assert y[:, 1:].isfinite().all()
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_layouts_that_are_copied(form):
+    x, weight, bias = sample((4, 16, 3, 3), 16, (2, 2))
+    expected = check(x, weight, bias, *PLAIN, form=form)
+    assert torch.equal(conv_relu(x.contiguous(), weight.contiguous(), bias, form=form), expected)
+    wide = torch.randn(4, 32, 3, 3)
+    wide[:, ::2] = x
+    assert torch.equal(conv_relu(wide[:, ::2], weight, bias, form=form), expected)
+    assert torch.equal(conv_relu(x[::2], weight, bias, form=form), expected[::2])
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_empty(form):
+    x, weight, bias = sample((0, 16, 3, 3), 32, (2, 2))
+    assert conv_relu(x, weight, bias, form=form).shape == (0, 32, 2, 2)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_two_runs_are_equal(form):
+    x, weight, bias = sample((3, 32, 3, 3), 32, (3, 3), dtype=HALF)
+    runs = [conv_relu(x, weight, bias, *SAME, form=form) for _ in range(2)]
+    assert torch.equal(*runs)
+
+
+# ---- work and traffic
+
+
+def valid_taps(size, kernel, stride, pads, dilation):
+    """How many taps of all output positions lie in the image, in one dimension."""
+    count = (size + sum(pads) - dilation * (kernel - 1) - 1) // stride + 1
+    positions = (i * stride - pads[0] + t * dilation for i, t in itertools.product(range(count), range(kernel)))
+    return sum(0 <= position < size for position in positions)
+
+
+def test_valid_taps():
+    """What AlexNet's layers save."""
+    assert valid_taps(13, 3, 1, (1, 1), 1) ** 2 / (13 * 3) ** 2 == pytest.approx(0.900, abs=5e-4)
+    assert valid_taps(27, 5, 1, (2, 2), 1) ** 2 / (27 * 5) ** 2 == pytest.approx(0.913, abs=5e-4)
+
+
+@pytest.mark.skipif(not interpreting(), reason="counts in the interpreter")
+@pytest.mark.parametrize("form", ["batch_tiled", "descriptors"])
+@pytest.mark.parametrize(
+    "geometry", [SAME, PLAIN, ((2, 1), ((2, 0), (1, 2)), (1, 1), 1), ((1, 2), ((2, 2), (2, 2)), (2, 2), 2)]
+)
+def test_taps_in_the_padding_are_not_multiplied(geometry, form, monkeypatch):
+    stride, padding, dilation, groups = geometry
+    flops = []
+    dot = InterpreterBuilder.create_dot
+
+    def counted(self, a, b, *rest):
+        flops.append(2 * a.data.shape[0] * a.data.shape[1] * b.data.shape[1])
+        return dot(self, a, b, *rest)
+
+    monkeypatch.setattr(InterpreterBuilder, "create_dot", counted)
+    x, weight, bias = sample((16, 96, 4, 5), 96, (3, 3), groups)
+    check(x, weight, bias, *geometry, form=form)
+    taps = [
+        valid_taps(size, 3, *rest)
+        for size, rest in zip((4, 5), zip(stride, padding, dilation, strict=True), strict=True)
+    ]
+    # 96 = 64 + 32 and 48 = 32 + 16: nothing is padded
+    assert sum(flops) == 2 * 16 * 96 * (96 // groups) * taps[0] * taps[1]
+    oh, ow = output_size((4, 5), (3, 3), *geometry[:3])
+    assert sum(flops) <= 2 * 16 * 96 * (96 // groups) * 9 * oh * ow
+
+
+@pytest.mark.skipif(not interpreting(), reason="counts in the interpreter")
+@pytest.mark.parametrize("form", FORMS)
+def test_every_sector_once(form):
+    """What `traffic` says of the convolutions of the catalogue."""
+    x, weight, bias = sample((3, 32, 4, 3), 32, (3, 3), 2, dtype=HALF)
+    with traffic.counting() as counted:
+        y = conv_relu(x, weight, bias, (1, 1), ONES, (1, 1), 2, form=form)
+    read, written = (sum(launch[i] for launch in counted) for i in (1, 2))
+    parts = sum(launch[2] for launch in counted[:-1])
+    assert parts == (4 * y.numel() * module.heuristic(form, x, weight, 12, 2, "ieee").parts if len(counted) == 2 else 0)
+    assert read == 2 * (x.numel() + weight.numel() + bias.numel()) + parts
+    assert written == 2 * y.numel() + parts
+
+
+# ---- refusals
+
+
+@pytest.mark.parametrize(
+    ("count", "limit", "tiles"),
+    [
+        (96, 128, (64, 32)), (192, 128, (128, 64)), (384, 128, (128, 0)), (256, 128, (128, 0)), (64, 128, (64, 0)),
+        (48, 64, (32, 16)), (192, 64, (64, 0)), (3, 64, (16, 0)), (100, 128, (128, 0)), (40, 64, (16, 0)),
+        (20, 16, (16, 0)),
+    ],
+)  # fmt: skip
+def test_split_tile(count, limit, tiles):
+    assert split_tile(count, limit) == tiles
+
+
+def meta(shape, dtype=HALF):
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"form": "fft"}, "form must be one of .*got 'fft'"),
+        ({"precision": "bf16x3"}, "precision must be 'ieee' or 'tf32', got 'bf16x3'"),
+        ({"x": meta((16, 4, 4))}, r"x must have 4 dimensions, got shape \(16, 4, 4\)"),
+        ({"weight": meta((16, 16, 3))}, "weight must have 4 dimensions"),
+        ({"x": meta((2, 16, 4, 4), torch.float64)}, "x must be fp16, bf16 or fp32, got torch.float64"),
+        ({"weight": meta((16, 16, 3, 3), BRAIN)}, "weight must be torch.float16 on meta as x, got torch.bfloat16"),
+        ({"weight": torch.zeros(16, 16, 3, 3, dtype=HALF)}, "got torch.float16 on cpu"),
+        ({"groups": 3}, "groups must divide the 16 output channels, got 3"),
+        ({"groups": 0}, "groups must divide"),
+        ({"groups": 2}, r"C = 16 and groups = 2, got \(16, 16, 3, 3\)"),
+        ({"weight": meta((16, 16, 0, 3))}, r"got \(16, 16, 0, 3\)"),
+        ({"bias": meta(17)}, r"bias must be .*\(16,\) on meta, got torch.float16 \(17,\)"),
+        ({"bias": meta(16, torch.float64)}, "got torch.float64"),
+        ({"bias": torch.zeros(16)}, "on cpu"),
+        ({"stride": (1, 0)}, r"stride must be 1 or more, got \(1, 0\)"),
+        ({"dilation": (0, 1)}, r"dilation must be 1 or more, got \(0, 1\)"),
+        ({"padding": ((0, 0), (0, -1))}, r"padding must be 0 or more, got \(0, 0, 0, -1\)"),
+        ({"dilation": (2, 1)}, r"x must be at least as large as the window .*got \(4, 4\)"),
+        ({"x": meta((2, 16, 70000, 2000))}, r"form 'batch_tiled' .*2\*\*31"),
+    ],
+)
+def test_bad_arguments(change, message):
+    arguments = {"x": meta((2, 16, 4, 4)), "weight": meta((16, 16, 3, 3)), "form": "batch_tiled", **change}
+    with pytest.raises(ValueError, match=message):
+        conv_relu(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("form", "x", "weight", "reason"),
+    [
+        ("descriptors", meta((2, 24, 4, 4)), meta((16, 24, 3, 3)), "input channels .* multiples of 16, got 24"),
+        ("descriptors", meta((2, 16, 4, 4)), meta((24, 16, 3, 3)), "output channels .* multiples of 16, got 24"),
+        ("descriptors", meta(2 * 16 * 16 + 1)[1:].view(2, 16, 4, 4), meta((16, 16, 3, 3)), "x to start at"),
+        ("spatial", meta((2, 16, 40, 4)), meta((16, 16, 33, 3)), r"at most 31 x 31, got \(33, 3\)"),
+        ("split_k", meta((40000, 16, 300, 300)), meta((16, 16, 3, 3)), r"fewer than 2\*\*31 output pixels"),
+    ],
+)
+def test_forms_say_what_they_cannot(form, x, weight, reason):
+    assert unsupported("batch_tiled", x, weight, *PLAIN) is None
+    with pytest.raises(ValueError, match=f"form '{form}' .*{reason}"):
+        conv_relu(x, weight, form=form)
+
+
+# ---- mutants, code
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_another_geometry_is_noticed(form):
+    sampled = sample((2, 32, 4, 4), 32, (3, 3), 2)
+    for wrong in (((1, 1), ((0, 2), (1, 1)), (1, 1), 2), ((1, 1), ((1, 1), (2, 0)), (1, 1), 2)):
+        with pytest.raises(AssertionError, match="elements differ"):
+            check(*sampled, (1, 1), ONES, (1, 1), 2, form=form, against=wrong)
+
+
+@triton.jit
+def every_tap(start, size, TAPS: tl.constexpr, DILATION: tl.constexpr):
+    return 0, TAPS
+
+
+@triton.jit
+def every_bit(start, size, TAPS: tl.constexpr, DILATION: tl.constexpr):
+    return tl.full(start.shape, -1, tl.int32)
+
+
+@triton.jit
+def channels_only(r, s, c, s_first, s_stop, CHANNELS: tl.constexpr, DEPTH: tl.constexpr):
+    return r, s, (c + DEPTH) % CHANNELS
+
+
+@pytest.mark.skipif(not interpreting(), reason="a compiled kernel keeps the helpers that it was compiled with")
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(
+    ("helper", "mutant"), [("tap_range", every_tap), ("tap_bits", every_bit), ("next_step", channels_only)]
+)
+def test_wrong_taps_are_noticed(helper, mutant, form, monkeypatch):
+    used = helper == "next_step" or (helper == "tap_bits") == (form in ("spatial", "split_k"))
+    if not used:
+        pytest.skip("not in this form")
+    monkeypatch.setattr(module, helper, mutant)
+    # an image in the middle of others: what is read by mistake is memory of this test
+    x = last(torch.randn(5, 32, 4, 4))
+    _, weight, bias = sample((1, 32, 4, 4), 32, (3, 3))
+    with pytest.raises(AssertionError, match="elements differ"):
+        check(x[2:3], weight, bias, *SAME, form=form)
+
+
+def test_offsets_of_images_are_64_bit():
+    """And nothing else is."""
+    types = {"x_ptr": "*fp16", "weight_ptr": "*fp16", "bias_ptr": "*fp16", "y_ptr": "*fp16"}
+    sizes = dict.fromkeys(("n", "h", "w", "oh", "ow", "image", "out_image"), "i32")
+    constants = {
+        "CHANNELS": 32, "FEATURES": 64, "GROUPS": 1, "R": 3, "S": 3, "STRIDE_H": 1, "STRIDE_W": 1, "TOP": 1,
+        "LEFT": 1, "DILATION_H": 1, "DILATION_W": 1, "ROWS": 64, "COLUMNS": 64, "COLUMNS_B": 0, "DEPTH": 32,
+        "DEPTH_B": 0, "RELU": True, "PRECISION": "ieee", "WIDEN": False,
+    }  # fmt: skip
+    spatial = {"pixels": "i32", **{name: sizes[name] for name in ("h", "w", "oh", "ow", "image")}}
+    jobs = {
+        "batch": ("conv_relu", "conv_relu_batch_kernel", types | sizes, constants, 80),
+        "spatial": ("conv_relu", "conv_relu_spatial_kernel", types | spatial, constants | {"PARTS": 1}, 80),
+    }
+    for name, build in compiled(jobs).items():
+        wide = [line for line in build["ttir"].splitlines() if "arith.muli" in line and "i64" in line]
+        # image x elements of x and of y; the second kernel: of x, and part x pixels
+        assert len(wide) >= 2, name
+        assert all("x1xi64" in line or "<64xi64>" in line or ": i64" in line for line in wide)
