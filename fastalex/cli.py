@@ -1,4 +1,6 @@
-"""The command line: `fastalex demo | train | eval | predict | describe | inspect | bench`, or `python -m fastalex`.
+"""The command line: `fastalex demo | pack | verify | train | eval | predict | describe | inspect | bench`.
+
+`python -m fastalex` is the same program.
 
 One thin function per subcommand; what it needs is imported when it runs, so that `--help` answers at once.
 """
@@ -308,13 +310,66 @@ def describe(
         figures.layers(description, chart)
 
 
+def pack(
+    source: Annotated[Path, tyro.conf.Positional],
+    target: Annotated[Path, tyro.conf.Positional],
+    size: int | None = None,
+    on_error: Literal["stop", "skip"] = "stop",
+    workers: int | None = None,
+    val_labels: Path | None = None,
+) -> None:
+    """Turn pictures into fixed-size records that training reads without decoding them.
+
+    The --data of other commands takes the result.  After an interruption of any kind the same command goes on.
+
+    Args:
+        source: Folder with train/CLASS/*.jpg and val/CLASS/*.jpg, with ILSVRC's flat val/ and its labels, with the
+            files of CIFAR-10, or with the tars of a WebDataset (KEY.jpg and KEY.cls).
+        target: New folder for the records: 197 KB a picture at 256x256, so 262 GB for ImageNet.
+        size: Height and width; by default 256, and 32 for CIFAR-10.  The short side is resized, the middle kept.
+        on_error: What a damaged or huge picture does: "stop" ends with its path, "skip" leaves it out and lists it.
+        workers: Processes that decode; by default one per core.
+        val_labels: Labels of a flat val/ folder, one line a picture, where they are not in a file of the usual name.
+    """
+    from fastalex.data.pack import pack as pack_pictures
+    from fastalex.visualize.console import PackingBar, console
+
+    try:
+        with PackingBar() as bar:
+            packed = pack_pictures(
+                source, target, size=size, workers=workers, on_error=on_error, val_labels=val_labels, progress=bar
+            )
+    except KeyboardInterrupt:
+        console.print("stopped; the same command goes on from here")
+        raise SystemExit(130) from None
+    counts = ", ".join(f"{count:,} {split}" for split, count in packed.pictures.items())
+    skipped = f"; {len(packed.failures):,} could not be read" if packed.failures else ""
+    ignored = f"; {packed.ignored:,} files are no pictures" if packed.ignored else ""
+    console.print(f"wrote {target}: pictures: {counts}{skipped}{ignored}", highlight=False)
+
+
+def verify(data: Annotated[Path, tyro.conf.Positional]) -> None:
+    """Read packed pictures again and compare them with their checksums.
+
+    Args:
+        data: A folder that `fastalex pack` wrote.
+    """
+    from fastalex.data.packed import verify as verify_packed
+    from fastalex.visualize.console import console
+
+    console.print(f"{data}: {verify_packed(data) / 1e9:.2f} GB as they were written", highlight=False)
+
+
 def open_images(
     data: Path | None, preprocessing: Preprocessing, *, splits: tuple[str, ...], workers: int | None
 ) -> ImageSet:
     from fastalex.data.image_sets import FashionMNIST, Folders
+    from fastalex.data.packed import PackedSet, is_packed
 
     if data is None:
         return FashionMNIST(preprocessing)
+    if is_packed(data):
+        return PackedSet(data, preprocessing, splits=splits, threads=workers)
     return Folders(data, preprocessing, splits=splits, workers=workers)
 
 
@@ -338,6 +393,8 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "predict": predict,
     "inspect": inspect,
     "describe": describe,
+    "pack": pack,
+    "verify": verify,
 }
 
 

@@ -44,7 +44,7 @@ def picture(tmp_path):
     return path
 
 
-@pytest.mark.parametrize("command", [[], ["demo"], ["train"], ["eval"], ["predict"], ["inspect"], ["describe"]])
+@pytest.mark.parametrize("command", [[], *([name] for name in cli.COMMANDS)])
 def test_help(command, capsys):
     with pytest.raises(SystemExit) as stopped:
         cli.main([*command, "--help"])

@@ -28,9 +28,34 @@ class ImageSet(Protocol):
         """The number of pictures in the split "train" or "test"."""
         ...
 
+    def order(self, split: str, seed: int, epoch: int) -> Tensor:
+        """The order in which an epoch of training takes the pictures: int64 (count,), the same for the same numbers."""
+        ...
+
     def batches(self, split: str, indices: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
         """One batch for each tensor of indices: uint8 pictures (N, C, H, W) and int64 labels (N,)."""
         ...
+
+
+def epoch_generator(seed: int, epoch: int) -> torch.Generator:
+    """Random numbers for one epoch of a run."""
+    return torch.Generator().manual_seed(1_000_003 * seed + epoch)
+
+
+def shard(order: Tensor, batch_size: int, rank: int, world: int) -> Tensor:
+    """What process `rank` of `world` takes of an order: its batches of `batch_size`, the last one shorter.
+
+    Batch i of all processes together is batch i of one process with `world` times the batch size: an epoch does not
+    depend on the number of processes, which may change between two epochs or in the middle of one.  Every process
+    gets the same number of pictures; the last `len(order) % world` get no turn in this epoch.
+    Raises ValueError for a rank that is not in [0, world).
+    """
+    if not 0 <= rank < world:
+        raise ValueError(f"rank must lie in [0, {world}), got {rank}")
+    whole = len(order) // (batch_size * world) * batch_size * world
+    rest = order[whole:]
+    rest = rest[: len(rest) // world * world]
+    return torch.cat([order[:whole].view(-1, world, batch_size)[:, rank].flatten(), rest.view(world, -1)[rank]])
 
 
 class FashionMNIST:
@@ -53,6 +78,9 @@ class FashionMNIST:
 
     def count(self, split: str) -> int:
         return len(self._pictures[split].labels)
+
+    def order(self, split: str, seed: int, epoch: int) -> Tensor:
+        return torch.randperm(self.count(split), generator=epoch_generator(seed, epoch))
 
     def batches(self, split: str, indices: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
         images, labels = (torch.from_numpy(array) for array in self._pictures[split])
@@ -103,6 +131,9 @@ class Folders:
 
     def count(self, split: str) -> int:
         return len(self._splits[split])
+
+    def order(self, split: str, seed: int, epoch: int) -> Tensor:
+        return torch.randperm(self.count(split), generator=epoch_generator(seed, epoch))
 
     def batches(self, split: str, indices: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
         loader: torch.utils.data.DataLoader[tuple[Tensor, Tensor]] = torch.utils.data.DataLoader(

@@ -3,9 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+
+class Colours(NamedTuple):
+    """Principal components of the RGB values of a set's pixels, in [0, 1], the largest first.
+
+    `values`: the eigenvalues of their covariance matrix; `vectors`: one unit vector (R, G, B) for each.
+    """
+
+    values: tuple[float, ...]
+    vectors: tuple[tuple[float, ...], ...]
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,16 @@ from collections.abc import Sequence
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 from rich.text import Text
 from torch import Tensor
@@ -63,6 +72,38 @@ class ProgressBar(Watcher):
             f"{metrics['data_wait']:.0%} of the time waiting for them",
             highlight=False,
         )
+
+
+class PackingBar:
+    """A bar over the pictures to pack, and a line for every one that cannot be read; called as `pack` reports."""
+
+    def __init__(self) -> None:
+        self._progress = Progress(
+            TextColumn("packing"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            ThroughputColumn(),
+            TimeRemainingColumn(),
+            console=console,
+            speed_estimate_period=60,
+        )
+        self._task = self._progress.add_task("packing", total=None)
+        self._begun = False
+
+    def __enter__(self) -> PackingBar:
+        self._progress.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._progress.stop()
+
+    def __call__(self, done: int, total: int, failures: Sequence[tuple[str, str]]) -> None:
+        if not self._begun and done:
+            console.print(f"{done:,} pictures were packed before", highlight=False)
+        self._begun = True
+        self._progress.update(self._task, completed=done, total=total)
+        for picture, reason in failures:
+            console.print(f"skipped {picture}: {reason}", highlight=False, markup=False, soft_wrap=True)
 
 
 def print_scores(scores: Scores, pictures: int) -> None:
