@@ -172,32 +172,51 @@ def train(
 def evaluate(
     weights: str = str(DEMO_MODEL),
     data: Path | None = None,
+    crops: Literal["centre", "ten"] = "centre",
+    out: Path | None = None,
     batch_size: int = 250,
     device: str | None = None,
     workers: int | None = None,
 ) -> None:
-    """Measure a model's accuracy on test pictures.
+    """Measure a model's accuracy on test pictures, as a whole and class by class.
 
     Args:
         weights: A model.safetensors that `fastalex train` or `fastalex demo` wrote, a torchvision .pth file, or
             IMAGENET1K_V1 for torchvision's published weights.
         data: Folder with val/CLASS/*.jpg (or test/CLASS/...); by default the Fashion-MNIST sample.
-        batch_size: Pictures per step.
+        crops: "centre", or "ten" crops a picture as in the 2012 paper: corners, centre, and their mirror images.
+        out: Folder for scores.json (with every class and the confusion matrix) and confusion.png.
+        batch_size: Images per step; of ten crops a tenth as many pictures.
         device: cpu, cuda, cuda:1, ...; by default a GPU if there is one.
         workers: Processes that read pictures from --data; by default one per core, 8 at most.
     """
-    from fastalex.evaluation.classifier import load_classifier
-    from fastalex.evaluation.metrics import evaluate as scores_of
-    from fastalex.visualize.console import print_scores
+    import json
 
+    import torch
+
+    from fastalex.evaluation.classifier import check_classes, load_classifier
+    from fastalex.evaluation.metrics import evaluate as scores_of
+    from fastalex.evaluation.report import as_json
+    from fastalex.files import write_whole
+    from fastalex.visualize import figures
+    from fastalex.visualize.console import console, print_classes, print_scores
+
+    if batch_size < 1:
+        raise ValueError(f"--batch-size must be at least 1, got {batch_size}")
     model, card = load_classifier(weights)
     images = open_images(data, card.preprocessing, splits=("test",), workers=workers)
-    if images.classes != card.classes:
-        raise ValueError(
-            f"{weights} knows {len(card.classes)} classes ({card.classes[0]}, ...), "
-            f"the pictures have {len(images.classes)} ({images.classes[0]}, ...): they must be the same"
-        )
-    print_scores(scores_of(model.to(find_device(device)), images, batch_size=batch_size), images.count("test"))
+    check_classes(card, images.classes)
+    where = find_device(device)
+    confusion = torch.zeros(len(card.classes), len(card.classes), dtype=torch.int64, device=where)
+    scores = scores_of(model.to(where), images, batch_size=batch_size, ten_crop=crops == "ten", confusion=confusion)
+    confusion = confusion.cpu()
+    print_classes(confusion, card.classes)
+    print_scores(scores, images.count("test"))
+    if out is not None:
+        report = as_json(scores, confusion, card.classes, weights=weights, data=str(data or "sample"), crops=crops)
+        write_whole(out / "scores.json", json.dumps(report))
+        figures.confusion_matrix(confusion, card.classes, out / "confusion.png")
+        console.print(f"wrote {out / 'scores.json'} and {out / 'confusion.png'}", soft_wrap=True)
 
 
 def predict(

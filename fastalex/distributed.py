@@ -57,6 +57,16 @@ def process_group(device: torch.device) -> Iterator[None]:
         dist.destroy_process_group()
 
 
+def equal_shares(indices: Tensor, number: int) -> list[tuple[Tensor, int]]:
+    """The indices cut into so many parts of one size, each with the number of its indices that count.
+
+    What is missing for that size repeats the first index, behind those that count.
+    """
+    size = -(-len(indices) // number)
+    parts = indices.tensor_split(number)
+    return [(torch.cat([part, indices[:1].expand(size - len(part))]), len(part)) for part in parts]
+
+
 def rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
 

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import pickle
+import re
 from pathlib import Path
 
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
-from torch import Tensor, nn
+from torch import Tensor
 from torchvision.transforms.v2 import functional as transforms
 
 from fastalex.alexnet import AlexNet, alexnet
 from fastalex.checkpoint import ModelCard, load_model
 from fastalex.data.preprocessing import Preprocessing, centre_crop
+from fastalex.evaluation.metrics import ten_crop_probabilities
 
 IMAGENET_CLASSES = 1000
 
@@ -39,6 +41,20 @@ def load_classifier(weights: str) -> tuple[AlexNet, ModelCard]:
     return model.eval(), ModelCard(model.variant, classes, Preprocessing.for_photos(3, model.variant.crop))
 
 
+def check_classes(card: ModelCard, classes: tuple[str, ...]) -> None:
+    """Raises ValueError if pictures of these classes cannot be used to measure the model.
+
+    ImageNet's folders are called by WordNet numbers ("n01440764"), whose order is that of its 1,000 published names.
+    """
+    numbers = all(re.fullmatch(r"n\d{8}", name) for name in classes)
+    if card.classes == classes or (numbers and len(classes) == len(card.classes) == IMAGENET_CLASSES):
+        return
+    raise ValueError(
+        f"the model knows {len(card.classes)} classes ({card.classes[0]}, ...), "
+        f"the pictures have {len(classes)} ({classes[0]}, ...): they must be the same"
+    )
+
+
 def read_picture(path: Path, preprocessing: Preprocessing) -> Tensor:
     """An image file, upright, in the model's colours and size, not yet normalised: uint8 (C, resize.., resize..).
 
@@ -63,16 +79,3 @@ def classify(model: AlexNet, pictures: list[Tensor], preprocessing: Preprocessin
         return ten_crop_probabilities(model, squares, preprocessing).cpu()
     inputs = torch.cat([preprocessing.for_evaluation(picture[None].to(device)) for picture in pictures])
     return model(inputs).float().softmax(1).cpu()
-
-
-@torch.inference_mode()
-def ten_crop_probabilities(model: nn.Module, images: Tensor, preprocessing: Preprocessing) -> Tensor:
-    """Class probabilities averaged over ten crops of each image, all in one call of the model.
-
-    The four corners, the centre, and their mirror images (Krizhevsky et al. 2012, section 4.1, who average the
-    softmax, not the logits).  images: uint8 (N, C, H, W), at least `preprocessing.crop` high and wide, on the model's
-    device.  Returns float32 (N, classes).
-    """
-    crops = torch.stack(transforms.ten_crop(images, [preprocessing.crop, preprocessing.crop]))
-    logits = model(preprocessing.normalise(crops.flatten(0, 1)))
-    return logits.float().softmax(1).unflatten(0, crops.shape[:2]).mean(0)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from fastalex import distributed
 from fastalex.data.image_sets import ImageSet
+from fastalex.data.preprocessing import Preprocessing
 
 
 class Scores(NamedTuple):
@@ -27,20 +28,59 @@ def in_top(logits: Tensor, labels: Tensor, k: int) -> Tensor:
 
 
 @torch.inference_mode()
-def evaluate(model: nn.Module, data: ImageSet, *, split: str = "test", batch_size: int = 250) -> Scores:
-    """Scores of the model on a split, one centre crop a picture; leaves the model in evaluation mode.
+def evaluate(
+    model: nn.Module,
+    data: ImageSet,
+    *,
+    split: str = "test",
+    batch_size: int = 250,
+    ten_crop: bool = False,
+    confusion: Tensor | None = None,
+) -> Scores:
+    """Scores of the model on a split, one centre crop a picture or ten; leaves the model in evaluation mode.
 
     Several processes share the pictures, and all of them return the scores of the whole.
+
+    batch_size: images per call of the model and process; of ten crops a tenth as many pictures.
+    confusion: int64 (classes, classes), zeros at first: how often [a class] was taken for [another].
     """
     model.eval()
     device = next(model.parameters()).device
-    count = data.count(split)
-    mine = torch.arange(count).split(batch_size)[distributed.rank() :: distributed.size()]
+    count, size = data.count(split), distributed.size()
+    pictures = max(1, batch_size // 10) if ten_crop else batch_size
+    batches = torch.arange(count).split(pictures * size)
+    mine = [distributed.equal_shares(batch, size)[distributed.rank()] for batch in batches]
     sums = torch.zeros(3, dtype=torch.float64, device=device)
-    for images, labels in data.batches(split, mine):
-        labels = labels.to(device)
-        logits = model(data.preprocessing.for_evaluation(images.to(device))).float()
-        sums[0] += F.cross_entropy(logits, labels, reduction="sum")
-        sums[1] += in_top(logits, labels, 1).sum()
-        sums[2] += in_top(logits, labels, 5).sum()
+    for (images, labels), (_, counting) in zip(
+        data.batches(split, [indices for indices, _ in mine]), mine, strict=True
+    ):
+        images, labels = images.to(device), labels[:counting].to(device)
+        if ten_crop:
+            mean = ten_crop_probabilities(model, images, data.preprocessing)[:counting]
+            scores = mean.clamp_min(torch.finfo(mean.dtype).tiny).log()
+        else:
+            scores = model(data.preprocessing.for_evaluation(images)).float()[:counting].log_softmax(1)
+        sums[0] += F.nll_loss(scores, labels, reduction="sum")
+        sums[1] += in_top(scores, labels, 1).sum()
+        sums[2] += in_top(scores, labels, 5).sum()
+        if confusion is not None:
+            cells = labels * len(confusion) + scores.argmax(1)
+            confusion += torch.bincount(cells, minlength=confusion.numel()).view_as(confusion).to(confusion.device)
+    if confusion is not None:
+        distributed.sum_over_processes(confusion)
     return Scores(*(distributed.sum_over_processes(sums) / count).tolist())
+
+
+@torch.inference_mode()
+def ten_crop_probabilities(model: nn.Module, images: Tensor, preprocessing: Preprocessing) -> Tensor:
+    """Class probabilities averaged over ten crops of each image, all in one call of the model.
+
+    The four corners, the centre, and their mirror images (Krizhevsky et al. 2012, section 4.1, who average the
+    softmax, not the logits).  images: uint8 (N, C, H, W), at least `preprocessing.crop` high and wide, on the model's
+    device.  Returns float32 (N, classes).
+    """
+    from torchvision.transforms.v2.functional import ten_crop
+
+    crops = torch.stack(ten_crop(images, [preprocessing.crop, preprocessing.crop]))
+    logits = model(preprocessing.normalise(crops.flatten(0, 1)))
+    return logits.float().softmax(1).unflatten(0, crops.shape[:2]).mean(0)

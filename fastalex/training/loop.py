@@ -182,14 +182,12 @@ class Run:
         done = self.step - epoch * self.steps_per_epoch
         batches = self.batches_of(epoch)
         mine = slice(self.rank * self.options.accumulate, (self.rank + 1) * self.options.accumulate)
-        pieces = [piece for batch in batches[done:] for piece in batch.tensor_split(self.pieces)[mine]]
-        # a last batch with fewer pictures than pieces leaves some empty: they read one picture, and ignore it
-        filled = [piece if len(piece) else batches[0][:1] for piece in pieces]
+        pieces = [piece for b in batches[done:] for piece in distributed.equal_shares(b, self.pieces)[mine]]
         self.watcher.epoch_begins(epoch + 1, sum(map(len, batches[:done])))
         self.model.train()
         self.mark = time.perf_counter()
-        pictures = iter(self.data.batches("train", filled))
-        counts = iter(map(len, pieces))
+        pictures = iter(self.data.batches("train", [indices for indices, _ in pieces]))
+        counts = iter([count for _, count in pieces])
         for batch in batches[done:]:
             self.take_step(pictures, counts, len(batch))
             self.watcher.batch_done(len(batch))
@@ -222,8 +220,8 @@ class Run:
             torch.manual_seed(seed_of(recipe.seed, "step", self.step, self.rank * self.options.accumulate + i))
             images = self.data.preprocessing.for_training(images.to(device, non_blocking=True))
             labels = labels.to(device, non_blocking=True)
-            if next(counts) == 0:
-                labels = torch.full_like(labels, IGNORED)
+            if (counting := next(counts)) < len(labels):
+                labels = torch.where(torch.arange(len(labels), device=device) < counting, labels, IGNORED)
             with self.gradients_stay_here(i < self.options.accumulate - 1):
                 with torch.autocast(device.type, amp, enabled=amp is not None):
                     loss = F.cross_entropy(

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from fastalex.describe import Description
 from fastalex.evaluation.metrics import Scores
+from fastalex.evaluation.report import per_class
 from fastalex.training.loop import Epoch, Watcher
 
 console = Console()
@@ -66,10 +67,11 @@ class ProgressBar(Watcher):
         self._progress.advance(self._task, images)
 
     def epoch_ends(self, metrics: Epoch) -> None:
+        wait = metrics["data_wait"]
         console.print(
             f"epoch {metrics['epoch']:3d}   training loss {metrics['train_loss']:.3f}   "
-            f"test accuracy {metrics['top1']:6.1%}   {metrics['images_per_second']:,.0f} images/s, "
-            f"{metrics['data_wait']:.0%} of the time waiting for them",
+            f"test accuracy {metrics['top1']:6.1%}   {metrics['images_per_second']:,.0f} images/s"
+            + (f", {wait:.0%} of the time waiting for them" if wait >= 0.1 else ""),
             highlight=False,
         )
 
@@ -111,6 +113,20 @@ def print_scores(scores: Scores, pictures: int) -> None:
         f"[bold]top-1 {scores.top1:.1%}[/]   top-5 {scores.top5:.1%}   loss {scores.loss:.3f}   {pictures:,} pictures",
         highlight=False,
     )
+
+
+def print_classes(confusion: Tensor, classes: tuple[str, ...], most: int = 20) -> None:
+    """A row for each class, the worst first, `most` rows at most.  confusion: [true, predicted], int64."""
+    rows = sorted(
+        (row for row in per_class(confusion, classes) if row.recall is not None), key=lambda row: row.recall or 0
+    )
+    title = f"the {most} worst of {len(rows)} classes" if len(rows) > most else None
+    table = Table("class", "pictures", "recognised", "precision", "most often taken for", title=title)
+    for row in rows[:most]:
+        precision = "-" if row.precision is None else f"{row.precision:.1%}"
+        taken = f"{escape(row.taken_for[0])} ({row.taken_for[1]:,})" if row.taken_for else "-"
+        table.add_row(escape(row.name), f"{row.pictures:,}", f"{row.recall:.1%}", precision, taken)
+    console.print(table)
 
 
 def print_predictions(pictures: Sequence[str], probabilities: Tensor, classes: Sequence[str], count: int = 5) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 from torch import Tensor
@@ -89,6 +90,33 @@ def contact_sheet(
             bars.barh(place, share, height=0.25, color=colour)
             bars.text(0, place - 0.22, f"{classes[index]}  {share:.0%}", fontsize=9, va="bottom")
         bars.set(xlim=(0, 1.05), ylim=(2.4, -0.8))
+    save(figure, path)
+
+
+def confusion_matrix(confusion: Tensor, classes: Sequence[str], path: Path, labelled: int = 30) -> None:
+    """How often each class was taken for which, as shares of its pictures.
+
+    confusion: int64 (classes, classes), [true, predicted].  Up to `labelled` classes are named, and their cells say the
+    counts; of more, only the colours are shown, on a logarithmic scale, so that rare confusions can be seen.
+    """
+    shares = confusion / confusion.sum(1, keepdim=True).clamp_min(1)
+    few = len(classes) <= labelled
+    size = 3.5 + 0.5 * len(classes) if few else 11
+    figure = Figure(figsize=(size + 1.2, size), dpi=DPI, layout="constrained")
+    axes = figure.subplots()
+    right = confusion.diagonal().sum() / confusion.sum().clamp_min(1)
+    norm = None if few else LogNorm(1e-3, 1, clip=True)
+    # a colour map without a dark and a bright end of equal meaning: from nothing (white) to all (dark blue)
+    picture = axes.imshow(shares.numpy(), cmap="Blues", **({"vmin": 0, "vmax": 1} if few else {"norm": norm}))
+    axes.set(title=f"{right:.1%} of {int(confusion.sum()):,} pictures recognised", xlabel="taken for", ylabel="is")
+    figure.colorbar(picture, label="share of the class's pictures", shrink=0.8)
+    if few:
+        axes.set_xticks(range(len(classes)), classes, rotation=45, ha="right", rotation_mode="anchor")
+        axes.set_yticks(range(len(classes)), classes)
+        for row, column in confusion.nonzero().tolist():
+            colour = "white" if shares[row, column] > 0.5 else "black"
+            count = int(confusion[row, column])
+            axes.text(column, row, str(count), ha="center", va="center", color=colour, fontsize=9)
     save(figure, path)
 
 

@@ -6,7 +6,8 @@ import torch
 pytest.importorskip("torchvision")
 
 from fastalex.data.preprocessing import Preprocessing
-from fastalex.evaluation.classifier import classify, ten_crop_probabilities
+from fastalex.evaluation.classifier import classify
+from fastalex.evaluation.metrics import ten_crop_probabilities
 
 LOOKS = Preprocessing(3, 40, 32, (0.4, 0.5, 0.6), (0.2, 0.3, 0.4))
 

@@ -1,0 +1,75 @@
+"""Training in several processes: `python several_processes.py FOLDER SIZE`, forked from one that has imported all.
+
+Leaves FOLDER/one, a run of one process that accumulates SIZE pieces, and runs of SIZE processes that must end in the
+same way: FOLDER/many, FOLDER/stopped (stopped by SIGTERM and resumed by SIZE) and FOLDER/fewer (resumed by one).
+"""
+
+import os
+import signal
+import socket
+import sys
+from pathlib import Path
+
+import torch
+from small_runs import Pictures, changed, run
+
+from fastalex import distributed
+from fastalex.training import loop
+
+CPU = torch.device("cpu")
+
+
+class Terminated(loop.Watcher):
+    """SIGTERM reaches the processes at different times."""
+
+    def __init__(self, rank):
+        self.left = 2 + rank
+
+    def batch_done(self, images):
+        self.left -= 1
+        if self.left == 0:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+def train(folder, **options):
+    # 61 pictures: the last batch of an epoch has one, and leaves the other processes' shares empty
+    return run(folder, changed(**options.pop("recipe", {})), data=Pictures(61), wide=True, **options)
+
+
+def processes(size, work):
+    """Runs work(rank) in so many processes, and returns what they exit with."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    children = []
+    for rank in range(size):
+        child = os.fork()
+        if child == 0:
+            code = 1
+            try:
+                os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), WORLD_SIZE=str(size), RANK=str(rank))
+                with distributed.process_group(CPU):
+                    work(rank)
+                code = 0
+            except loop.Stopped:
+                code = 3
+            except BaseException as error:
+                print(f"rank {rank}: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
+            finally:
+                os._exit(code)
+        children.append(child)
+    return [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+
+
+def main(root, size):
+    torch.set_num_threads(1)
+    train(root / "one", accumulate=size)
+    print(*processes(size, lambda rank: train(root / "many")))
+    print(*processes(size, lambda rank: train(root / "stopped", watcher=Terminated(rank))))
+    print(*processes(size, lambda rank: train(root / "stopped", resume=True)))
+    print(*processes(size, lambda rank: train(root / "fewer", watcher=Terminated(rank))))
+    train(root / "fewer", accumulate=size, resume=True)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), int(sys.argv[2]))
