@@ -81,10 +81,13 @@ def test_every_variant_and_recipe_can_be_trained():
     assert sorted(choices("recipe")) == sorted(recipes.RECIPES)
 
 
-def test_train_eval_predict(trained, picture, capsys):
+def test_train_eval_predict(trained, picture, capsys, tmp_path):
     weights = str(trained / "model.safetensors")
-    cli.main(["eval", "--weights", weights, "--device", "cpu"])
-    assert "top-1" in capsys.readouterr().out
+    cli.main(["eval", "--weights", weights, "--device", "cpu", "--out", str(tmp_path)])
+    text = capsys.readouterr().out
+    assert "top-1" in text
+    assert "Ankle boot" in text
+    assert {file.name for file in tmp_path.iterdir()} >= {"scores.json", "confusion.png"}
     cli.main(["predict", str(picture), "--weights", weights, "--top", "2", "--device", "cpu"])
     text = capsys.readouterr().out
     assert "the 2 likeliest" in text
@@ -145,6 +148,19 @@ def test_other_classes_than_the_checkpoint(trained, capsys, tmp_path):
     )
     assert "10 classes" in message
     assert "have 2" in message
+
+
+def test_wordnet_numbers_stand_for_imagenets_names():
+    from fastalex.checkpoint import ModelCard
+    from fastalex.data.preprocessing import Preprocessing
+    from fastalex.evaluation.classifier import check_classes
+
+    card = ModelCard(VARIANTS["torchvision"], tuple(f"name {i}" for i in range(1000)), Preprocessing.for_photos(3, 224))
+    check_classes(card, tuple(f"n{i:08}" for i in range(1000)))
+    with pytest.raises(ValueError, match="have 999"):
+        check_classes(card, tuple(f"n{i:08}" for i in range(999)))
+    with pytest.raises(ValueError, match="must be the same"):
+        check_classes(card, tuple(f"other {i}" for i in range(1000)))
 
 
 def test_missing_folder(capsys, tmp_path):
