@@ -38,10 +38,15 @@ FORMS = ("batch_tiled", "descriptors", "spatial", "split_k")
 
 # ------------------------------------------------------------------------------------------------- kernels
 @triton.jit
-def relu_of(acc, bias_ptr, feature, last, RELU: tl.constexpr):
-    """max(0, acc + bias), NaN kept; `feature`: the columns' output channels, clamped to `last`."""
+def relu_of(acc, bias_ptr, feature, end, WHOLE: tl.constexpr, RELU: tl.constexpr):
+    """max(0, acc + bias), NaN kept; `feature`: the columns' output channels, below `end` if WHOLE."""
     if bias_ptr is not None:
-        acc += tl.load(bias_ptr + tl.minimum(feature, last)).to(tl.float32)[None, :]
+        if WHOLE:
+            # unmasked: a thread of sm_100 holds all columns, and reads them 16 bytes at a time
+            bias = tl.load(bias_ptr + feature)
+        else:
+            bias = tl.load(bias_ptr + feature, mask=feature < end, other=0.0)
+        acc += bias.to(tl.float32)[None, :]
     if RELU:
         acc = tl.maximum(acc, 0.0, propagate_nan=tl.PropagateNan.ALL)
     return acc
@@ -172,11 +177,11 @@ def conv_relu_batch_kernel(
 
     y_rows = y_ptr + (index.to(tl.int64) * out_image + pixel * YC)[:, None]
     inside = feature < group_end
-    y = relu_of(acc, bias_ptr, feature, group_end - 1, RELU).to(y_ptr.dtype.element_ty)
+    y = relu_of(acc, bias_ptr, feature, group_end, FEATURES % TILE == 0, RELU).to(y_ptr.dtype.element_ty)
     tl.store(y_rows + feature[None, :], y, mask=present[:, None] & inside[None, :])
     if COLUMNS_B > 0:
         inside = feature_b < group_end
-        y_b = relu_of(acc_b, bias_ptr, feature_b, group_end - 1, RELU).to(y_ptr.dtype.element_ty)
+        y_b = relu_of(acc_b, bias_ptr, feature_b, group_end, FEATURES % TILE == 0, RELU).to(y_ptr.dtype.element_ty)
         tl.store(y_rows + feature_b[None, :], y_b, mask=present[:, None] & inside[None, :])
 
 
@@ -257,10 +262,10 @@ def conv_relu_descriptor_kernel(
         r, s, c = next_step(r, s, c, s_first, s_stop, CHANNELS, STEP)
 
     out = pixel * (GROUPS * FEATURES) + feature
-    y = relu_of(acc, bias_ptr, feature + tl.arange(0, COLUMNS), GROUPS * FEATURES, RELU)
+    y = relu_of(acc, bias_ptr, feature + tl.arange(0, COLUMNS), GROUPS * FEATURES, True, RELU)
     y_a.store([first, out], y.to(y_a.dtype))
     if COLUMNS_B > 0:
-        y = relu_of(acc_b, bias_ptr, feature + COLUMNS + tl.arange(0, COLUMNS_B), GROUPS * FEATURES, RELU)
+        y = relu_of(acc_b, bias_ptr, feature + COLUMNS + tl.arange(0, COLUMNS_B), GROUPS * FEATURES, True, RELU)
         y_b.store([first, out + COLUMNS], y.to(y_b.dtype))
 
 
@@ -366,12 +371,12 @@ def conv_relu_spatial_kernel(
     y_rows = y_ptr + ((part.to(tl.int64) * pixels + pixel) * YC)[:, None]
     inside = feature < group_end
     if PARTS == 1:
-        acc = relu_of(acc, bias_ptr, feature, group_end - 1, RELU)
+        acc = relu_of(acc, bias_ptr, feature, group_end, FEATURES % TILE == 0, RELU)
     tl.store(y_rows + feature[None, :], acc.to(y_ptr.dtype.element_ty), mask=present[:, None] & inside[None, :])
     if COLUMNS_B > 0:
         inside = feature_b < group_end
         if PARTS == 1:
-            acc_b = relu_of(acc_b, bias_ptr, feature_b, group_end - 1, RELU)
+            acc_b = relu_of(acc_b, bias_ptr, feature_b, group_end, FEATURES % TILE == 0, RELU)
         tl.store(y_rows + feature_b[None, :], acc_b.to(y_ptr.dtype.element_ty), mask=present[:, None] & inside[None, :])
 
 

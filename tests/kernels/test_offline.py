@@ -218,11 +218,14 @@ def test_convolutions(name, dtype, target, answers):
         assert code["tiles"]
         assert not code["copies"]
     elif entry.channels > 3:
+        # of the bias: two columns or more at once
+        assert min(map(int, code["loads"]), default=4) >= 4
         # the second tile of 96 = 64 + 32 features at a depth of 16 = 48 - 32 channels has 4 elements per thread
         narrowest = 8 if entry.channels == 48 else 16
         assert min(map(int, code["copies"])) >= narrowest
     assert "8" in launches[-1]["stores"] or "16" in launches[-1]["stores"] or entry.form == "descriptors"
-    if (name, dtype, target) in MAIN_LOOP:
+    # 3.6's loops are as long or longer on sm_90 and sm_100, and shorter on sm_80
+    if (name, dtype, target) in MAIN_LOOP and TRITON >= (3, 8):
         instructions, number = code["main_loop"]
         assert instructions / number <= MAIN_LOOP[name, dtype, target]
 
