@@ -6,10 +6,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from fastalex import backend
+from fastalex import backend, dispatch
 from fastalex.kernels.layout import memory_format
 from fastalex.ops.common import (
     call,
@@ -20,6 +19,13 @@ from fastalex.ops.common import (
     implementation,
     operator,
     refuse_double_backward,
+)
+from fastalex.ops.conv_candidates import (
+    CONV2D_INPUT_GRAD,
+    CONV2D_RELU,
+    CONV2D_WEIGHT_GRAD,
+    output_format,
+    output_size,
 )
 
 NAME = "conv2d_relu"
@@ -34,10 +40,10 @@ def forward(
     dilation: list[int],
     groups: int,
 ) -> Tensor:
-    """The library's convolution, then bias and ReLU in one pass over its output (on a CPU inside it)."""
+    """By the candidate that the dispatch chooses; on a CPU by the library, with bias and ReLU inside."""
     if backend.takes_triton(NAME, input):
-        sums = F.conv2d(input, weight, None, stride, padding, dilation, groups)
-        output = implementation("bias_relu", NAME, input).bias_relu_(sums, bias)
+        args = (input, weight, bias, stride, padding, dilation, groups)
+        output = dispatch.choose(CONV2D_RELU, *args).candidate.run(*args)
     else:
         output = implementation("conv_relu", NAME, input).conv_relu_fwd(
             input, weight, bias, stride, padding, dilation, groups
@@ -58,45 +64,43 @@ def gradients(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The convolution's gradients from the gradient of its output; empty where `needs` (input, weight, bias) says no.
 
-    `bias_grad` is the bias gradient where a kernel above has summed it already.
+    `bias_grad` is the bias gradient where a kernel above has summed it already, as all of Triton's do.
     """
-    need_bias = needs[2] and bias_grad is None
-    grad_input, grad_weight, summed = torch.ops.aten.convolution_backward(
-        grad.contiguous(memory_format=output_format(input, weight)),
-        input,
-        weight,
-        [weight.shape[0]] if need_bias else None,
-        stride,
-        padding,
-        dilation,
-        False,
-        [0, 0],
-        groups,
-        [needs[0], needs[1], need_bias],
-    )
+    grad = grad.contiguous(memory_format=output_format(input, weight))
+    if backend.takes_triton(NAME, input):
+        args = (grad, input, weight, stride, padding, dilation, groups)
+        grad_input, grad_weight = (
+            dispatch.choose(operation, *args).candidate.run(*args) if needed else None
+            for operation, needed in zip((CONV2D_INPUT_GRAD, CONV2D_WEIGHT_GRAD), needs[:2], strict=True)
+        )
+    else:
+        need_bias = needs[2] and bias_grad is None
+        grad_input, grad_weight, summed = torch.ops.aten.convolution_backward(
+            grad,
+            input,
+            weight,
+            [weight.shape[0]] if need_bias else None,
+            stride,
+            padding,
+            dilation,
+            False,
+            [0, 0],
+            groups,
+            [needs[0], needs[1], need_bias],
+        )
+        bias_grad = summed if need_bias else bias_grad
     none = input.new_empty(0)
     return (
         grad_input.contiguous(memory_format=memory_format(input)) if needs[0] else none,
         grad_weight.contiguous(memory_format=memory_format(weight)) if needs[1] else none.clone(),
-        (summed if need_bias else bias_grad.to(weight.dtype)) if needs[2] else none.clone(),  # type: ignore[union-attr]
+        bias_grad.to(weight.dtype) if needs[2] else none.clone(),  # type: ignore[union-attr]
     )
-
-
-def output_format(input: Tensor, weight: Tensor) -> torch.memory_format:
-    """channels_last where the input or the weight is, as torch's convolutions do."""
-    if memory_format(weight) is torch.channels_last:
-        return torch.channels_last
-    return memory_format(input)
 
 
 def output_shape(
     input: Tensor, weight: Tensor, stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]
 ) -> tuple[int, ...]:
-    spatial = (
-        (input.shape[2 + i] + 2 * padding[i] - dilation[i] * (weight.shape[2 + i] - 1) - 1) // stride[i] + 1
-        for i in (0, 1)
-    )
-    return (input.shape[0], weight.shape[0], *spatial)
+    return (input.shape[0], weight.shape[0], *output_size(input, weight, stride, padding, dilation))
 
 
 @operator("fastalex::conv2d_relu")

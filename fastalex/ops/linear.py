@@ -8,10 +8,43 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastalex import backend
+from fastalex import backend, dispatch
 from fastalex.ops.common import call, device_of, differentiable, implementation, operator, refuse_double_backward
 
 NAME = "linear_relu_dropout"
+
+
+def linear_bias_relu(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """The library's product, then bias and ReLU in one pass over it, in place."""
+    from fastalex.kernels.bias_relu import bias_relu_
+
+    return bias_relu_(F.linear(rows, weight), bias)
+
+
+def linear_epilogue(rows: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """Bias and ReLU in the epilogue of cublasLt's product.  It has no derivative of its own; ours needs none."""
+    return torch._addmm_activation(bias, rows, weight.t())  # type: ignore[attr-defined]
+
+
+def no_epilogue(rows: Tensor, weight: Tensor, bias: Tensor | None) -> str | None:
+    if not rows.is_cuda or not hasattr(torch, "_addmm_activation"):
+        return "needs a GPU and a PyTorch with _addmm_activation"
+    return "needs a bias" if bias is None else None
+
+
+# Dropout needs a pass of its own, which then does bias and ReLU as well: there is nothing to choose.
+LINEAR_RELU = dispatch.register(
+    dispatch.Operation(
+        "linear_relu",
+        {
+            "library": dispatch.Candidate("library", linear_bias_relu, lambda *args: None),
+            "cublaslt_epilogue": dispatch.Candidate("cublaslt_epilogue", linear_epilogue, no_epilogue),
+        },
+        lambda *args: ["cublaslt_epilogue", "library"],
+        lambda rows, weight, bias: f"{weight.shape[1]} -> {weight.shape[0]}",
+        "library",
+    )
+)
 
 
 @operator("fastalex::linear_relu_dropout")
@@ -20,7 +53,11 @@ def linear_relu_dropout(input: Tensor, weight: Tensor, bias: Tensor | None, p: f
     with device_of(input):
         rows = input.reshape(-1, input.shape[-1])
         if backend.takes_triton(NAME, input):
-            output = implementation("bias_relu", NAME, input).bias_relu_(F.linear(rows, weight), bias, p=p, seed=seed)
+            if p > 0:
+                bias_relu_ = implementation("bias_relu", NAME, input).bias_relu_
+                output = bias_relu_(F.linear(rows, weight), bias, p=p, seed=seed)
+            else:
+                output = dispatch.choose(LINEAR_RELU, rows, weight, bias).candidate.run(rows, weight, bias)
         else:
             output = implementation("linear", NAME, input).linear_relu_fwd(rows, weight, bias)
             if p > 0:

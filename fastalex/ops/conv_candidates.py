@@ -1,0 +1,452 @@
+"""The ways to compute conv2d + bias + ReLU and its gradients on Triton's devices, for `fastalex.dispatch`.
+
+Library means PyTorch's convolution (cuDNN on an NVIDIA GPU).  Every candidate takes tensors as they lie and gives its
+output in `output_format`; what it has to copy for that belongs to its time.
+
+All but cuDNN's own run on CPU tensors, too, in Triton's interpreter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastalex import dispatch
+from fastalex.dispatch import Candidate, Operation
+from fastalex.kernels.layout import fold_weight, memory_format, unfold_weight_grad
+
+FORMS = ("batch_tiled", "descriptors", "spatial", "split_k")
+Sizes = Sequence[int]
+
+
+def output_format(input: Tensor, weight: Tensor) -> torch.memory_format:
+    """channels_last where the input or the weight is, as torch's convolutions do."""
+    if memory_format(weight) is torch.channels_last:
+        return torch.channels_last
+    return memory_format(input)
+
+
+def output_size(input: Tensor, weight: Tensor, stride: Sizes, padding: Sizes, dilation: Sizes) -> tuple[int, ...]:
+    return tuple(
+        (input.shape[2 + i] + 2 * padding[i] - dilation[i] * (weight.shape[2 + i] - 1) - 1) // stride[i] + 1
+        for i in (0, 1)
+    )
+
+
+def describe(input: Tensor, weight: Tensor, stride: Sizes, padding: Sizes, dilation: Sizes, groups: int) -> str:
+    """The geometry in words, without the batch."""
+    channels, height, width = input.shape[1:]
+    features, _, rows, columns = weight.shape
+    formats = ("channels_last" if memory_format(t) is torch.channels_last else "contiguous" for t in (input, weight))
+    return (
+        f"{channels}x{height}x{width} -> {features}, kernel {rows}x{columns}, stride {stride[0]}x{stride[1]}, "
+        f"padding {padding[0]}x{padding[1]}, dilation {dilation[0]}x{dilation[1]}, groups {groups}, {'/'.join(formats)}"
+    )
+
+
+def both_sides(padding: Sizes) -> tuple[tuple[int, int], tuple[int, int]]:
+    return (padding[0], padding[0]), (padding[1], padding[1])
+
+
+def precision(input: Tensor) -> str:
+    """How a kernel multiplies fp32: as torch.backends.cudnn allows the library to."""
+    return dispatch.flags().precision if input.dtype == torch.float32 else "ieee"
+
+
+def last(tensor: Tensor) -> Tensor:
+    return tensor.contiguous(memory_format=torch.channels_last)
+
+
+def always(*args: Any) -> None:
+    return None
+
+
+def no_channels_last(input: Tensor, weight: Tensor) -> str | None:
+    if output_format(input, weight) is not torch.channels_last:
+        return "takes channels_last, and neither the input nor the weight is"
+    return None
+
+
+# ------------------------------------------------------------------------------------------------ space to depth
+class Blocks(NamedTuple):
+    """How a strided convolution becomes one with stride 1 on blocks of pixels."""
+
+    block: int
+    padding: tuple[tuple[int, int], tuple[int, int]]  # in pixels, negative where the windows leave a rest over
+
+
+def blocks_of(input: Tensor, weight: Tensor, stride: Sizes, padding: Sizes) -> Blocks:
+    out = output_size(input, weight, stride, padding, (1, 1))
+    block = stride[0]
+    after = ((out[i] - 1 + -(-weight.shape[2 + i] // block)) * block - input.shape[2 + i] - padding[i] for i in (0, 1))
+    (top, left), (bottom, right) = padding, after
+    return Blocks(block, ((top, bottom), (left, right)))
+
+
+def no_space_to_depth(
+    input: Tensor, weight: Tensor, stride: Sizes, padding: Sizes, dilation: Sizes, groups: int
+) -> str | None:
+    from fastalex.kernels.space_to_depth import MAX_ROW
+
+    block, channels = stride[0], input.shape[1]
+    if block == 1 or block != stride[1] or block & (block - 1):
+        return f"needs a stride that is a power of two above 1, the same in both directions, got {tuple(stride)}"
+    if tuple(dilation) != (1, 1) or groups != 1:
+        return f"needs dilation 1 and one group, got {tuple(dilation)} and {groups}"
+    if block * channels > MAX_ROW or block * block * channels * input.element_size() % 16:
+        return (
+            f"needs at most {MAX_ROW} channels times stride and blocks of a multiple of 16 bytes, "
+            f"got {channels} channels with stride {block}"
+        )
+    return no_channels_last(input, weight)
+
+
+def to_blocks(input: Tensor, weight: Tensor, stride: Sizes, padding: Sizes) -> Tensor:
+    from fastalex.kernels.space_to_depth import space_to_depth
+
+    return space_to_depth(input, *blocks_of(input, weight, stride, padding))
+
+
+def is_image_layer(input: Tensor, stride: Sizes) -> bool:
+    """Whether a layer is like conv1: at most 4 channels, strided.
+
+    Eight 16-bit channels make a 16-byte load, so 3 channels cost a kernel single 2-byte loads; 4x4 blocks of them
+    have 48 channels, for 312 KB instead of 301 KB per image and the copy that channels_last would cost anyway.
+    """
+    return input.shape[1] <= 4 and stride[0] > 1
+
+
+# ------------------------------------------------------------------------------------------------------- forward
+def bias_relu(sums: Tensor, bias: Tensor | None) -> Tensor:
+    from fastalex.kernels.bias_relu import bias_relu_
+
+    return bias_relu_(sums, bias)
+
+
+def forward_library(
+    input: Tensor, weight: Tensor, bias: Tensor | None, stride: Sizes, padding: Sizes, dilation: Sizes, groups: int
+) -> Tensor:
+    """The library's convolution, then bias and ReLU in one pass over its output, in place."""
+    return bias_relu(F.conv2d(input, weight, None, stride, padding, dilation, groups), bias)  # type: ignore[arg-type]
+
+
+def forward_cudnn(
+    input: Tensor, weight: Tensor, bias: Tensor | None, stride: Sizes, padding: Sizes, dilation: Sizes, groups: int
+) -> Tensor:
+    """cuDNN's own fusion.  Reported as 17 times slower than unfused for a first layer (pytorch#68506): only timed."""
+    return torch.cudnn_convolution_relu(input, weight, bias, stride, padding, dilation, groups)  # type: ignore[arg-type]
+
+
+def no_cudnn(input: Tensor, *rest: Any) -> str | None:
+    if not input.is_cuda or torch.version.hip is not None or not hasattr(torch, "cudnn_convolution_relu"):
+        return "needs cuDNN and an NVIDIA GPU"
+    if dispatch.flags().deterministic:
+        return "asks cuDNN for any algorithm, whatever torch.backends.cudnn.deterministic says"
+    return None
+
+
+def forward_triton(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: Sizes,
+    padding: Sizes,
+    dilation: Sizes,
+    groups: int,
+    *,
+    form: str,
+) -> Tensor:
+    from fastalex.kernels.conv_relu import conv_relu
+
+    return conv_relu(
+        last(input), last(weight), bias, tuple(stride), both_sides(padding), tuple(dilation), groups,
+        form=form, precision=precision(input),
+    )  # fmt: skip
+
+
+def no_form(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: Sizes,
+    padding: Sizes,
+    dilation: Sizes,
+    groups: int,
+    *,
+    form: str,
+) -> str | None:
+    from fastalex.kernels.conv_relu import unsupported
+
+    return no_channels_last(input, weight) or unsupported(
+        form, input, weight, tuple(stride), both_sides(padding), tuple(dilation), groups
+    )
+
+
+def forward_blocks(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: Sizes,
+    padding: Sizes,
+    dilation: Sizes,
+    groups: int,
+    *,
+    behind: Candidate,
+) -> Tensor:
+    """Space to depth, then another candidate with stride 1."""
+    blocks = to_blocks(input, weight, stride, padding)
+    return behind.run(blocks, fold_weight(weight, stride[0]), bias, (1, 1), (0, 0), (1, 1), 1)
+
+
+def no_forward_blocks(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: Sizes,
+    padding: Sizes,
+    dilation: Sizes,
+    groups: int,
+    *,
+    behind: Candidate,
+) -> str | None:
+    reason = no_space_to_depth(input, weight, stride, padding, dilation, groups)
+    if reason is not None:
+        return reason
+    blocks, folded = blocks_on_meta(input, weight, stride, padding)
+    return behind.unsupported(blocks, folded, bias, (1, 1), (0, 0), (1, 1), 1)
+
+
+def blocks_on_meta(input: Tensor, weight: Tensor, stride: Sizes, padding: Sizes) -> tuple[Tensor, Tensor]:
+    """The shapes of the blocks and of the folded weight."""
+    block, ((top, bottom), (left, right)) = blocks_of(input, weight, stride, padding)
+    batch, channels, height, width = input.shape
+    shape = (batch, block * block * channels, (height + top + bottom) // block, (width + left + right) // block)
+    folded = (weight.shape[0], shape[1], *(-(-k // block) for k in weight.shape[2:]))
+    return tuple(  # type: ignore[return-value]
+        torch.empty(s, dtype=input.dtype, device="meta", memory_format=torch.channels_last) for s in (shape, folded)
+    )
+
+
+# ----------------------------------------------------------------------------------------------------- gradients
+def library_gradient(
+    grad: Tensor,
+    input: Tensor,
+    weight: Tensor,
+    stride: Sizes,
+    padding: Sizes,
+    dilation: Sizes,
+    groups: int,
+    *,
+    of_input: bool,
+) -> Tensor:
+    grads = torch.ops.aten.convolution_backward(
+        grad, input, weight, None, stride, padding, dilation, False, [0, 0], groups, [of_input, not of_input, False]
+    )
+    return grads[0 if of_input else 1]
+
+
+def triton_input_grad(
+    grad: Tensor,
+    input: Tensor,
+    weight: Tensor,
+    stride: Sizes,
+    padding: Sizes,
+    dilation: Sizes,
+    groups: int,
+    *,
+    descriptors: bool,
+) -> Tensor:
+    from fastalex.kernels.conv_backward import conv_input_grad
+
+    return conv_input_grad(
+        last(grad), last(weight), tuple(input.shape[2:]), tuple(stride), both_sides(padding), tuple(dilation), groups,
+        descriptors=descriptors, precision=precision(grad),
+    )  # fmt: skip
+
+
+def no_triton_input_grad(
+    grad: Tensor,
+    input: Tensor,
+    weight: Tensor,
+    stride: Sizes,
+    padding: Sizes,
+    dilation: Sizes,
+    groups: int,
+    *,
+    descriptors: bool,
+) -> str | None:
+    from fastalex.kernels.conv_backward import unsupported_input_grad
+
+    return no_channels_last(input, weight) or unsupported_input_grad(
+        grad, weight, tuple(stride), both_sides(padding), tuple(dilation), groups, descriptors=descriptors
+    )
+
+
+def triton_weight_grad(
+    grad: Tensor,
+    input: Tensor,
+    weight: Tensor,
+    stride: Sizes,
+    padding: Sizes,
+    dilation: Sizes,
+    groups: int,
+    *,
+    descriptors: bool,
+) -> Tensor:
+    from fastalex.kernels.conv_backward import conv_weight_grad
+
+    return conv_weight_grad(
+        last(grad), last(input), tuple(weight.shape[2:]), tuple(stride), both_sides(padding), tuple(dilation), groups,
+        descriptors=descriptors, precision=precision(grad),
+    )  # fmt: skip
+
+
+def no_triton_weight_grad(
+    grad: Tensor,
+    input: Tensor,
+    weight: Tensor,
+    stride: Sizes,
+    padding: Sizes,
+    dilation: Sizes,
+    groups: int,
+    *,
+    descriptors: bool,
+) -> str | None:
+    from fastalex.kernels.conv_backward import unsupported_weight_grad
+
+    return no_channels_last(input, weight) or unsupported_weight_grad(
+        grad, input, tuple(weight.shape[2:]), tuple(stride), both_sides(padding), tuple(dilation), groups,
+        descriptors=descriptors,
+    )  # fmt: skip
+
+
+def weight_grad_blocks(
+    grad: Tensor,
+    input: Tensor,
+    weight: Tensor,
+    stride: Sizes,
+    padding: Sizes,
+    dilation: Sizes,
+    groups: int,
+    *,
+    behind: Candidate,
+) -> Tensor:
+    """Space to depth once more, then another candidate with stride 1.
+
+    The forward pass does not keep its blocks: they would stay in memory to save this pass of 0.6 MB per image.
+    """
+    blocks = to_blocks(input, weight, stride, padding)
+    _, folded = blocks_on_meta(input, weight, stride, padding)
+    folded = torch.empty_like(folded, device=weight.device)  # only its shape matters
+    found = behind.run(grad, blocks, folded, (1, 1), (0, 0), (1, 1), 1)
+    return unfold_weight_grad(found, tuple(weight.shape[2:]), stride[0])  # type: ignore[arg-type]
+
+
+def no_weight_grad_blocks(
+    grad: Tensor,
+    input: Tensor,
+    weight: Tensor,
+    stride: Sizes,
+    padding: Sizes,
+    dilation: Sizes,
+    groups: int,
+    *,
+    behind: Candidate,
+) -> str | None:
+    reason = no_space_to_depth(input, weight, stride, padding, dilation, groups)
+    if reason is not None:
+        return reason
+    blocks, folded = blocks_on_meta(input, weight, stride, padding)
+    return behind.unsupported(grad, blocks, folded, (1, 1), (0, 0), (1, 1), 1)
+
+
+# ---------------------------------------------------------------------------------------------------- operations
+def _named(*candidates: Candidate) -> dict[str, Candidate]:
+    return {candidate.name: candidate for candidate in candidates}
+
+
+def _with_blocks(
+    plain: Sequence[Candidate], run: Callable[..., Tensor], unsupported: Callable[..., str | None]
+) -> list[Candidate]:
+    """The same candidates behind space to depth."""
+    return [
+        Candidate(
+            "space_to_depth_" + candidate.name.removeprefix("triton_"),
+            partial(run, behind=candidate),
+            partial(unsupported, behind=candidate),
+        )
+        for candidate in plain
+    ]
+
+
+_LIBRARY = Candidate("library", forward_library, always)
+_TRITON = [
+    Candidate(f"triton_{form}", partial(forward_triton, form=form), partial(no_form, form=form)) for form in FORMS
+]
+CONV2D_RELU = dispatch.register(
+    Operation(
+        "conv2d_relu",
+        _named(
+            _LIBRARY,
+            Candidate("cudnn_convolution_relu", forward_cudnn, no_cudnn),
+            *_TRITON,
+            *_with_blocks([_LIBRARY, *_TRITON], forward_blocks, no_forward_blocks),
+        ),
+        lambda input, weight, bias, stride, *rest: (
+            ["space_to_depth_library", "library"] if is_image_layer(input, stride) else ["library"]
+        ),
+        lambda input, weight, bias, *geometry: describe(input, weight, *geometry),
+        "library",
+    )
+)
+
+_INPUT_LIBRARY = Candidate("library", partial(library_gradient, of_input=True), always)
+CONV2D_INPUT_GRAD = dispatch.register(
+    Operation(
+        "conv2d_input_grad",
+        _named(
+            _INPUT_LIBRARY,
+            *(
+                Candidate(
+                    name,
+                    partial(triton_input_grad, descriptors=descriptors),
+                    partial(no_triton_input_grad, descriptors=descriptors),
+                )
+                for name, descriptors in (("triton", False), ("triton_descriptors", True))
+            ),
+        ),
+        lambda *args: ["library"],
+        lambda grad, *args: describe(*args),
+        "library",
+    )
+)
+
+_WEIGHT_LIBRARY = Candidate("library", partial(library_gradient, of_input=False), always)
+_WEIGHT_TRITON = [
+    Candidate(
+        name,
+        partial(triton_weight_grad, descriptors=descriptors),
+        partial(no_triton_weight_grad, descriptors=descriptors),
+    )
+    for name, descriptors in (("triton", False), ("triton_descriptors", True))
+]
+CONV2D_WEIGHT_GRAD = dispatch.register(
+    Operation(
+        "conv2d_weight_grad",
+        _named(
+            _WEIGHT_LIBRARY,
+            *_WEIGHT_TRITON,
+            *_with_blocks([_WEIGHT_LIBRARY, *_WEIGHT_TRITON], weight_grad_blocks, no_weight_grad_blocks),
+        ),
+        lambda grad, input, weight, stride, *rest: (
+            ["space_to_depth_library", "library"] if is_image_layer(input, stride) else ["library"]
+        ),
+        lambda grad, *args: describe(*args),
+        "library",
+    )
+)
