@@ -1,4 +1,4 @@
-"""The command line: `fastalex demo | pack | verify | train | eval | predict | describe | inspect | bench`.
+"""The command line: `fastalex demo | pack | verify | train | eval | predict | describe | inspect | bench | tune`.
 
 `python -m fastalex` is the same program.
 
@@ -379,6 +379,48 @@ def verify(data: Annotated[Path, tyro.conf.Positional]) -> None:
     console.print(f"{data}: {verify_packed(data) / 1e9:.2f} GB as they were written", highlight=False)
 
 
+def tune(
+    variant: Literal["paper", "code2012", "torchvision", "bvlc_alexnet", "caffenet"] = "paper",
+    batch_size: int = 128,
+    dtype: Literal["fp16", "bf16", "fp32"] = "fp16",
+    inference: bool = False,
+    device: str | None = None,
+) -> None:
+    """Time the candidates of each layer on this machine's GPU and remember the fastest.
+
+    Later runs on the same GPU architecture with the same versions take what was found, for batches of the same bucket:
+    below 32, below 128, below 256, and from 256 on.  The results are one readable file; deleting it undoes everything.
+
+    Args:
+        variant: Which AlexNet.
+        batch_size: Pictures per step.
+        dtype: Of pictures and weights; with mixed precision, the lower one.
+        inference: Leave the gradients out.
+        device: cuda, cuda:1, ...; by default the first GPU.
+    """
+    import torch
+
+    from fastalex.alexnet import VARIANTS, AlexNet
+    from fastalex.dispatch import table_path
+    from fastalex.tuning import tune_model
+
+    if batch_size < 1:
+        raise ValueError(f"--batch-size must be at least 1, got {batch_size}")
+    where = find_device(device)
+    if where.type != "cuda":
+        raise ValueError(f"tune times kernels on a GPU, and the device here is {where}")
+    number = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}[dtype]
+    model = AlexNet(variant=variant).to(where, number)
+    images = torch.zeros(batch_size, 3, VARIANTS[variant].crop, VARIANTS[variant].crop, dtype=number, device=where)
+    for key, measurement in tune_model(model, images, training=not inference):
+        times = sorted(measurement.milliseconds.items(), key=lambda item: item[1])
+        print(key)
+        print("  " + ", ".join(f"{name} {ms:.3f} ms" for name, ms in times) + f" -> {measurement.candidate}")
+        for name, reason in measurement.refused.items():
+            print(f"  {name}: {reason}")
+    print(f"wrote {table_path()}")
+
+
 def open_images(
     data: Path | None, preprocessing: Preprocessing, *, splits: tuple[str, ...], workers: int | None
 ) -> ImageSet:
@@ -414,6 +456,7 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "describe": describe,
     "pack": pack,
     "verify": verify,
+    "tune": tune,
 }
 
 

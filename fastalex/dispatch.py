@@ -173,7 +173,7 @@ def _choose(operation: Operation, settings: Flags, args: tuple[Any, ...]) -> Cho
 def _first_supported(
     operation: Operation, names: Sequence[str], args: tuple[Any, ...]
 ) -> tuple[Candidate | None, list[str]]:
-    reasons = []
+    reasons: list[str] = []
     for name in names:
         candidate = operation.candidates.get(name)
         reason = "there is no such candidate" if candidate is None else candidate.unsupported(*args)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from triton.runtime.jit import KernelInterface
 
-from . import bias_relu, conv_relu, lrn, lrn_max_pool, max_pool, relu_bias_grad
+from . import bias_relu, conv_relu, lrn, lrn_max_pool, max_pool, relu_bias_grad, space_to_depth
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 LAYOUTS = {"channels_last": torch.channels_last, "nchw": torch.contiguous_format}
@@ -29,7 +29,7 @@ class Entry:
     operation: the module of the kernel.  direction: "forward" (of training), "inference" (no window codes) or
     "backward".  side: height and width of the launcher's largest tensor; 1 for a matrix of features.  norm: (size,
     alpha, beta, k, groups) of the LRN.  fused: the call belongs to a fused stage: after the ReLU, backward with the
-    partial sums of the bias gradient.  dropout: its probability.
+    partial sums of the bias gradient.  dropout: its probability.  padding: of images, ((top, bottom), (left, right)).
     """
 
     variant: str
@@ -41,6 +41,7 @@ class Entry:
     norm: tuple | None = None
     fused: bool = False
     dropout: float = 0.0
+    padding: tuple = ()
     dtype: str = "fp16"
     layout: str = "channels_last"
 
@@ -66,6 +67,11 @@ class Entry:
     def call(self, batch=None, device="meta"):
         """Call the launcher on tensors of zeros, as the operator does."""
         batch = batch or self.batch
+        if self.operation == "space_to_depth":
+            # images come as they are decoded and batched, channel by channel
+            images = torch.zeros(batch, self.channels, self.side, self.side, dtype=DTYPES[self.dtype], device=device)
+            space_to_depth.space_to_depth(images, 4, self.padding)
+            return
         x = self.tensor(self.side, batch, device)
         pooled = (self.side - 3) // 2 + 1
         if self.operation == "bias_relu":
@@ -225,6 +231,12 @@ def stage(variant, layer, channels, side, *, norm=None, pool=False, relu_first=T
     return out
 
 
+def images(variant, side, padding):
+    """The entries of conv1's input, as blocks of 4x4 pixels: for the convolution, and again for its weight gradient."""
+    plain = Entry(variant, "conv1", "space_to_depth", "forward", 3, side, padding=padding)
+    return [plain, replace(plain, direction="backward")]
+
+
 def hidden(variant, layer, dropout):
     """The entries of one hidden linear layer; without dropout they are those of inference, too."""
     plain = Entry(variant, layer, "bias_relu", "forward", 4096, 1)
@@ -252,10 +264,14 @@ def two_columns(variant, norm, relu_first=True, pool_first=False):
 
 
 MODEL_ENTRIES = [
+    *images("paper", 224, ((2, 2), (2, 2))),
     *two_columns("paper", (5, 5e-4, 0.75, 2.0, 1)),
     *two_columns("code2012", (5, 1e-4, 0.75, 2.0, 2), relu_first=False),
+    *images("bvlc_alexnet", 227, ((0, 1), (0, 1))),
     *two_columns("bvlc_alexnet", (5, 1e-4, 0.75, 1.0, 1)),
+    *images("caffenet", 227, ((0, 1), (0, 1))),
     *two_columns("caffenet", (5, 1e-4, 0.75, 1.0, 1), pool_first=True),
+    *images("torchvision", 224, ((2, 2), (2, 2))),
     *stage("torchvision", "conv1", 64, 55, pool=True),
     *stage("torchvision", "conv2", 192, 27, pool=True),
     *stage("torchvision", "conv3", 384, 13),
@@ -268,7 +284,8 @@ ENTRIES = {
     entry.name: entry
     for base in MODEL_ENTRIES
     for dtype in DTYPES
-    for layout in (LAYOUTS if base.side > 1 else ["channels_last"])
+    # features have one layout, and blocks of pixels are channels_last whatever the image was
+    for layout in (LAYOUTS if base.side > 1 and base.operation != "space_to_depth" else ["channels_last"])
     for entry in [replace(base, dtype=dtype, layout=layout)]
 }
 

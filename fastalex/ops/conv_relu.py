@@ -91,8 +91,8 @@ def gradients(
         bias_grad = summed if need_bias else bias_grad
     none = input.new_empty(0)
     return (
-        grad_input.contiguous(memory_format=memory_format(input)) if needs[0] else none,
-        grad_weight.contiguous(memory_format=memory_format(weight)) if needs[1] else none.clone(),
+        none if grad_input is None else grad_input.contiguous(memory_format=memory_format(input)),
+        none.clone() if grad_weight is None else grad_weight.contiguous(memory_format=memory_format(weight)),
         bias_grad.to(weight.dtype) if needs[2] else none.clone(),  # type: ignore[union-attr]
     )
 

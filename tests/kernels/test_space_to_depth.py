@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from compiling import compiled
 from tolerances import assert_matches
 
-from fastalex.kernels import catalog, traffic
+from fastalex.kernels import catalog, offline, traffic
 from fastalex.kernels.registers import interpreting
 from fastalex.kernels.space_to_depth import fold_weight, space_to_depth, unfold_weight_grad
 
@@ -195,3 +195,16 @@ def test_compiled_code():
             assert build["ptx"].count("st.global.v4.b32") == 3
             assert build["ptx"].count("ld.global") == 12
             assert ("ld.global.b16" if "uint8" in name else "ld.global.b32") in build["ptx"]
+
+
+@pytest.mark.parametrize("target", ["sm_80", "sm_90"])
+def test_machine_code(target):
+    """No spills, 24 elements for 12 loads and 3 stores.
+
+    Per element a third of the 35 instructions that an H100 issues while it moves the element's 4 bytes.
+    """
+    request = "paper/conv1/space_to_depth/forward/fp16/channels_last", target
+    (code,) = offline.results([request])[request]
+    assert code["spills"] == code["stack"] == code["shared"] == 0
+    assert (code["loads"], code["stores"]) == ({"4": 12}, {"16": 3})
+    assert code["instructions"] <= 12
