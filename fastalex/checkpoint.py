@@ -14,6 +14,7 @@ import json
 import os
 import pickle
 import zipfile
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -57,10 +58,15 @@ class ModelCard:
 
 def save_model(path: Path, model: AlexNet, card: ModelCard) -> None:
     """Raises OSError when the file cannot be written."""
+    save_weights(path, model.state_dict(), card)
+
+
+def save_weights(path: Path, weights: Mapping[str, torch.Tensor], card: ModelCard) -> None:
+    """As `save_model`, for the state_dict of a model that is elsewhere."""
     from safetensors.torch import save
 
-    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
-    content = save(weights, metadata={"variant": card.variant.name, METADATA_KEY: card.to_json()})
+    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
+    content = save(plain, metadata={"variant": card.variant.name, METADATA_KEY: card.to_json()})
     with replacing(path) as temporary:
         temporary.write_bytes(content)
 

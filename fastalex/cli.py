@@ -67,6 +67,7 @@ def train(
     amp: Literal["off", "bf16", "fp16"] | None = None,
     accumulate: int = 1,
     compile: bool = False,
+    parallel: Literal["data", "hybrid"] = "data",
     deterministic: bool = False,
     device: str | None = None,
     workers: int | None = None,
@@ -96,6 +97,7 @@ def train(
         amp: Automatic mixed precision: bf16, or fp16 with loss scaling.
         accumulate: Cut each step's pictures into this many pieces, one after the other, to save memory.
         compile: Pass the model through torch.compile.
+        parallel: Of several processes: "data" gives each the whole model, "hybrid" splits the fully connected layers.
         deterministic: Take only algorithms that give the same bits in every run, slower on a GPU.
         device: cpu, cuda, cuda:1, ...; by default a GPU if there is one.
         workers: Processes that read pictures from --data; by default one per core, 8 at most.
@@ -129,7 +131,7 @@ def train(
         "seed": seed,
     }
     chosen = replace(chosen, **{name: value for name, value in given.items() if value is not None})
-    options = loop.Options(accumulate, compile, save_minutes, save_steps, tensorboard)
+    options = loop.Options(accumulate, compile, parallel, save_minutes, save_steps, tensorboard)
     if deterministic:
         # cuBLAS reads it when it starts
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")

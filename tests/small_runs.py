@@ -6,6 +6,7 @@ import torch
 
 from fastalex import AlexNet
 from fastalex.alexnet import Conv, Variant
+from fastalex.data.image_sets import epoch_generator
 from fastalex.data.preprocessing import Preprocessing
 from fastalex.functional import ResponseNorm
 from fastalex.training import loop
@@ -43,6 +44,9 @@ class Pictures:
 
     def count(self, split):
         return self.counts[split]
+
+    def order(self, split, seed, epoch):
+        return torch.randperm(self.count(split), generator=epoch_generator(seed, epoch))
 
     def batches(self, split, indices):
         images, labels = self.sets[split]

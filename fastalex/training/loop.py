@@ -25,14 +25,17 @@ from typing import Any, Literal, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from fastalex import distributed
 from fastalex.alexnet import AlexNet
-from fastalex.checkpoint import MODEL, STATE, ModelCard, load_state, save_model, save_state
+from fastalex.checkpoint import MODEL, STATE, ModelCard, load_state, save_state, save_weights
 from fastalex.data.image_sets import ImageSet
 from fastalex.evaluation.metrics import Scores, evaluate
 from fastalex.files import write_whole
-from fastalex.training.optimizer import make_optimizer, rate_at, set_rate
+from fastalex.parallel import one_weird_trick
+from fastalex.training.optimizer import make_optimizer, rate_at, set_rate, whole
 from fastalex.training.recipes import Recipe
 
 AMP_DTYPES = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -57,12 +60,15 @@ class Options:
 
     accumulate: pieces into which each process cuts its share of a batch, to save memory.
     compile: the model through torch.compile.
+    parallel: of several processes: "data" gives each the whole model, "hybrid" a share of each fully connected layer
+        (`fastalex.parallel.one_weird_trick`).
     save_minutes, save_steps: how often the state is saved within an epoch.
     tensorboard: the lines of metrics.jsonl as curves too, in the folder's `tensorboard`.
     """
 
     accumulate: int = 1
     compile: bool = False
+    parallel: Literal["data", "hybrid"] = "data"
     save_minutes: float = 10.0
     save_steps: int | None = None
     tensorboard: bool = False
@@ -138,10 +144,11 @@ class Run:
                 f"got {recipe.batch_size}"
             )
         self.steps_per_epoch = recipe.steps_per_epoch(data.count("train"))
-        self.optimizer = make_optimizer(model, recipe)
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=recipe.amp == "fp16")
         self.forward = prepare(model, data, recipe, options, self.device)
+        self.optimizer = make_optimizer(model, recipe)  # of the parameters that are left in this process
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=recipe.amp == "fp16")
 
+        self.rate = recipe.lr  # of the step before
         self.step = 0  # of the whole run: the next one to take
         self.history: list[Epoch] = []
         # of the epoch under way
@@ -204,15 +211,14 @@ class Run:
 
     def batches_of(self, epoch: int) -> list[Tensor]:
         """The indices of the pictures in each batch of the epoch, the same in every process."""
-        generator = torch.Generator().manual_seed(seed_of(self.recipe.seed, "order", epoch))
-        order = torch.randperm(self.data.count("train"), generator=generator)
+        order = self.data.order("train", self.recipe.seed, epoch)
         return list(order.split(self.recipe.batch_size)[: self.steps_per_epoch])
 
     def take_step(self, pictures: Iterator[tuple[Tensor, Tensor]], counts: Iterator[int], batch_size: int) -> None:
         recipe, device = self.recipe, self.device
         amp = AMP_DTYPES[recipe.amp]
-        rate = rate_at(recipe, self.step, self.steps_per_epoch, [1 - line["top1"] for line in self.history])
-        set_rate(self.optimizer, rate, in_velocity=recipe.lr_in_velocity)
+        self.rate = rate_at(recipe, self.step, self.steps_per_epoch, [1 - line["top1"] for line in self.history])
+        set_rate(self.optimizer, self.rate, in_velocity=recipe.lr_in_velocity)
         self.optimizer.zero_grad(set_to_none=True)
         total = torch.zeros_like(self.loss)
         for i in range(self.options.accumulate):
@@ -273,7 +279,7 @@ class Run:
             "test_loss": scores.loss,
             "top1": scores.top1,
             "top5": scores.top5,
-            "lr": self.optimizer.param_groups[0]["lr"],
+            "lr": self.rate,
             "seconds": self.seconds,
             "images_per_second": pictures / self.seconds,
             "data_wait": self.waited / self.seconds,
@@ -282,9 +288,10 @@ class Run:
         self.history.append(line)
         self.loss = torch.zeros_like(self.loss)
         self.seconds = self.waited = 0.0
+        weights = {name: whole(p.detach()) for name, p in self.parameters().items()}
         if self.rank == 0:
             card = ModelCard(self.model.variant, self.data.classes, self.data.preprocessing, self.recipe.dropout)
-            save_model(self.folder / MODEL, self.model, card)
+            save_weights(self.folder / MODEL, weights, card)
         self.save()
         self.write_metrics()
         return line
@@ -298,7 +305,7 @@ class Run:
         saved = f"; {state} holds an earlier step" if state.exists() else ""
         return FloatingPointError(
             f"the loss was not a number by step {self.step - len(self.history) * self.steps_per_epoch} of epoch "
-            f"{len(self.history) + 1}: lower the learning rate (now {self.optimizer.param_groups[0]['lr']:g}){saved}"
+            f"{len(self.history) + 1}: lower the learning rate (now {self.rate:g}){saved}"
         )
 
     # -- never losing work
@@ -337,13 +344,15 @@ class Run:
         """Write state.pt, after every process has contributed."""
         loss = distributed.sum_over_processes(self.loss.clone())
         self.check_loss(loss)
-        parameters = dict(self.model.named_parameters())
+        weights = {name: whole(p.detach()) for name, p in self.parameters().items()}
+        velocity = {
+            name: whole(state["momentum_buffer"]) if (state := self.optimizer.state[p]) else None
+            for name, p in self.parameters().items()
+        }
         if self.rank == 0:
-            weights = {name: p.detach() for name, p in parameters.items()}
             # an infinite gradient can ruin the weights a step before the loss shows it
             if not all(bool(torch.isfinite(w).all()) for w in weights.values()):
                 raise self.diverged()
-            velocity = {name: self.optimizer.state[p].get("momentum_buffer") for name, p in parameters.items()}
             save_state(
                 self.folder / STATE,
                 recipe=self.described(),
@@ -352,7 +361,7 @@ class Run:
                 step=self.step,
                 weights=weights,
                 velocity=velocity,
-                rates=[group["lr"] for group in self.optimizer.param_groups],
+                rate=self.rate,
                 scaler=self.scaler.state_dict(),
                 history=self.history,
                 loss=loss,
@@ -375,23 +384,23 @@ class Run:
         weights, velocity = state.pop("weights", {}), state.pop("velocity", {})
         state = distributed.from_rank_0(state)
         with torch.no_grad():
-            for name, parameter in self.model.named_parameters():
-                if self.rank == 0:
-                    parameter.copy_(weights[name])
-                distributed.copy_from_rank_0(parameter)
+            for name, parameter in self.parameters().items():
+                fill_from_rank_0(parameter, weights.get(name))
                 if state["step"] > 0:
                     buffer = torch.zeros_like(parameter)
-                    if self.rank == 0:
-                        buffer.copy_(velocity[name])
-                    distributed.copy_from_rank_0(buffer)
+                    fill_from_rank_0(buffer, velocity.get(name))
                     self.optimizer.state[parameter]["momentum_buffer"] = buffer
-        for group, rate in zip(self.optimizer.param_groups, state["rates"], strict=True):
-            group["lr"] = rate
+        self.rate = state["rate"]
+        set_rate(self.optimizer, self.rate, in_velocity=False)
         self.scaler.load_state_dict(state["scaler"])
         self.step, self.history = state["step"], state["history"]
         if self.rank == 0:  # the others' shares are in it
             self.loss.copy_(state["loss"])
         self.seconds, self.waited = state["seconds"], state["waited"]
+
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """By the names that they have in an AlexNet of one process."""
+        return {name.replace("features.module.", "features."): p for name, p in self.model.named_parameters()}
 
     def described(self) -> dict[str, Any]:
         """The recipe in the plain types that torch.load(weights_only=True) accepts."""
@@ -412,6 +421,12 @@ def prepare(model: AlexNet, data: ImageSet, recipe: Recipe, options: Options, de
             f"batch_size must be a multiple of the number of processes, {distributed.size()}, for CUDA graphs, "
             f"got {recipe.batch_size}"
         )
+    if options.parallel == "hybrid":
+        if distributed.size() == 1:
+            raise ValueError("parallel must be data for a single process, got hybrid")
+        if options.compile or recipe.amp == "fp16":
+            raise ValueError("parallel must be data with compile, and with amp fp16 (bf16 can be hybrid), got hybrid")
+        return one_weird_trick(model, init_device_mesh(device.type, (distributed.size(),)))
     if options.compile:
         forward = cast(nn.Module, torch.compile(forward, mode="reduce-overhead" if graphs else None))
     elif graphs and options.accumulate == 1:  # a second replay would overwrite the first one's gradients
@@ -426,6 +441,18 @@ def prepare(model: AlexNet, data: ImageSet, recipe: Recipe, options: Options, de
             forward, [device] if device.type == "cuda" else None, gradient_as_bucket_view=True
         )
     return forward
+
+
+def fill_from_rank_0(target: Tensor, values: Tensor | None) -> None:
+    """Gives every process rank 0's values, or its part of them."""
+    plain = torch.empty(target.shape, dtype=target.dtype, device=target.device)
+    if values is not None:
+        plain.copy_(values)
+    if isinstance(target, DTensor):
+        target.copy_(distribute_tensor(plain, target.device_mesh, target.placements))  # takes those of its rank 0
+    else:
+        distributed.copy_from_rank_0(plain)
+        target.copy_(plain)
 
 
 def seed_of(*parts: int | str) -> int:

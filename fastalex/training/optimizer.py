@@ -64,6 +64,7 @@ def make_optimizer(model: nn.Module, recipe: Recipe) -> SGD:
                     "params": [p for p in parameters if isinstance(p, DTensor) == spread],
                     "weight_decay": recipe.weight_decay if recipe.bias_decay or not bias else 0.0,
                     "relative_lr": recipe.bias_lr if bias else 1.0,
+                    **({"fused": False, "foreach": False} if spread else {}),
                 }
             )
     groups = [group for group in groups if group["params"]]

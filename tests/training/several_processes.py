@@ -2,6 +2,8 @@
 
 Leaves FOLDER/one, a run of one process that accumulates SIZE pieces, and runs of SIZE processes that must end in the
 same way: FOLDER/many, FOLDER/stopped (stopped by SIGTERM and resumed by SIZE) and FOLDER/fewer (resumed by one).
+The same without dropout: FOLDER/plain of one process, and of several in the hybrid form FOLDER/hybrid,
+FOLDER/hybrid-fewer (resumed by one) and FOLDER/hybrid-more (stopped in the data-parallel form).
 """
 
 import os
@@ -69,6 +71,15 @@ def main(root, size):
     print(*processes(size, lambda rank: train(root / "stopped", resume=True)))
     print(*processes(size, lambda rank: train(root / "fewer", watcher=Terminated(rank))))
     train(root / "fewer", accumulate=size, resume=True)
+    # each process draws the dropout of its share of a layer, which no other division of the work repeats
+    exact = {"recipe": {"dropout": 0.0}}
+    train(root / "plain", accumulate=size, **exact)
+    hybrid = {"parallel": "hybrid", **exact}
+    print(*processes(size, lambda rank: train(root / "hybrid", **hybrid)))
+    print(*processes(size, lambda rank: train(root / "hybrid-fewer", watcher=Terminated(rank), **hybrid)))
+    train(root / "hybrid-fewer", accumulate=size, resume=True, **exact)
+    print(*processes(size, lambda rank: train(root / "hybrid-more", watcher=Terminated(rank), **exact)))
+    print(*processes(size, lambda rank: train(root / "hybrid-more", resume=True, **hybrid)))
 
 
 if __name__ == "__main__":

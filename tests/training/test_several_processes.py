@@ -39,9 +39,15 @@ def check(folder, size):
     )
     assert done.returncode == 0, done.stderr
     # 3: stopped by the signal, after saving at the end of the first epoch, where all of them agreed
-    assert done.stdout.split() == [str(code) for code in (0, 3, 0, 3) for _ in range(size)], done.stderr
-    one = load_file(folder / "one" / MODEL)
-    for name in ("many", "stopped", "fewer"):
+    codes = (0, 3, 0, 3) + (0, 3, 3, 0)
+    assert done.stdout.split() == [str(code) for code in codes for _ in range(size)], done.stderr
+    same_end(folder, "one", "many", "stopped", "fewer")
+    same_end(folder, "plain", "hybrid", "hybrid-fewer", "hybrid-more")
+
+
+def same_end(folder, first, *others):
+    one = load_file(folder / first / MODEL)
+    for name in others:
         other = load_file(folder / name / MODEL)
         assert one.keys() == other.keys()
         for key, weights in one.items():
@@ -49,7 +55,7 @@ def check(folder, size):
             torch.testing.assert_close(other[key], weights, rtol=0, atol=TOLERANCE, msg=lambda m, n=name: f"{n}: {m}")
         pair = [
             without_timings([json.loads(line) for line in (folder / n / loop.METRICS).read_text().splitlines()])
-            for n in ("one", name)
+            for n in (first, name)
         ]
         for expected, found in zip(*pair, strict=True):
             assert found == pytest.approx(expected, rel=1e-6)  # losses are added up in fp32
