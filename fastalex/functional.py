@@ -11,6 +11,7 @@ the dtype of their input (eager PyTorch would promote LRN to float32).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -58,10 +59,11 @@ def conv2d_relu(
     Raises ValueError for shapes or parameters that do not fit, RuntimeError for mixed dtypes or devices.
     """
     input, weight, bias = _autocast(input, weight, bias)
-    _check_conv2d(input, weight, bias, stride, padding, dilation, groups)
+    geometry = pair(stride), pair(padding), pair(dilation)
+    _check_conv2d(input, weight, bias, *geometry, groups)
     if backend.takes_reference("conv2d_relu", input):
-        return reference.conv2d_relu(input, weight, bias, stride, padding, dilation, groups)
-    return call(ops.conv2d_relu, input, weight, bias, pair(stride), pair(padding), pair(dilation), groups)
+        return reference.conv2d_relu(input, weight, bias, *geometry, groups)
+    return call(ops.conv2d_relu, input, weight, bias, *geometry, groups)
 
 
 def local_response_norm(
@@ -73,7 +75,8 @@ def local_response_norm(
     normalise inside each of that many channel groups.  Keeps only the input for backward.
     Raises ValueError if size < 1, the input has fewer than 3 dimensions, or groups does not divide its channels.
     """
-    _check_lrn(input, size, groups)
+    _check_floating(input)
+    _check_lrn(input.shape, size, groups)
     if backend.takes_reference("local_response_norm", input):
         return reference.local_response_norm(input, size, alpha, beta, k, groups=groups)
     return call(ops.local_response_norm, input, size, alpha, beta, k, groups)
@@ -102,7 +105,8 @@ def max_pool2d(
         pair(padding),
         pair(dilation),
     )
-    _check_pool(input, window, step, pad, spread, ceil_mode)
+    _check_floating(input)
+    _check_pool(input.shape, window, step, pad, spread, ceil_mode)
     if backend.takes_reference("max_pool2d", input):
         return reference.max_pool2d(input, window, step, pad, spread, ceil_mode, return_indices)
     codes_wanted = return_indices or _needs_grad(input)
@@ -131,8 +135,9 @@ def lrn_max_pool2d(
     Raises ValueError as `local_response_norm` and `max_pool2d` do.
     """
     window, step = pair(kernel_size), pair(kernel_size if stride is None else stride)
-    _check_lrn(input, size, groups)
-    _check_pool(input, window, step, (0, 0), (1, 1), False)
+    _check_floating(input)
+    _check_lrn(input.shape, size, groups)
+    _check_pool(input.shape, window, step, (0, 0), (1, 1), False)
     if backend.takes_reference("lrn_max_pool2d", input):
         return reference.lrn_max_pool2d(input, size, alpha, beta, k, window, step, groups=groups)
     codes_wanted = _needs_grad(input)
@@ -158,16 +163,15 @@ def conv2d_relu_max_pool2d(
     a pass of their own.  Raises as `conv2d_relu`, `local_response_norm` and `max_pool2d` do.
     """
     input, weight, bias = _autocast(input, weight, bias)
-    _check_conv2d(input, weight, bias, stride, padding, dilation, groups)
+    geometry = pair(stride), pair(padding), pair(dilation)
+    _check_conv2d(input, weight, bias, *geometry, groups)
     window, step = pair(kernel_size), pair(kernel_size if pool_stride is None else pool_stride)
-    activation = torch.empty(
-        conv_relu.output_shape(input, weight, pair(stride), pair(padding), pair(dilation)), device="meta"
-    )
+    activation = conv_relu.output_shape(input, weight, *geometry)
     _check_pool(activation, window, step, (0, 0), (1, 1), False)
     if norm is not None:
         _check_lrn(activation, norm.size, norm.groups)
     if backend.takes_reference("conv2d_relu_max_pool2d", input):
-        output = reference.conv2d_relu(input, weight, bias, stride, padding, dilation, groups)
+        output = reference.conv2d_relu(input, weight, bias, *geometry, groups)
         if norm is not None:
             output = reference.local_response_norm(output, *norm[:4], groups=norm.groups)
         return reference.max_pool2d(output, window, step)  # type: ignore[return-value]
@@ -176,9 +180,7 @@ def conv2d_relu_max_pool2d(
         input,
         weight,
         bias,
-        pair(stride),
-        pair(padding),
-        pair(dilation),
+        *geometry,
         groups,
         *(norm or ResponseNorm(0)),
         window,
@@ -230,9 +232,13 @@ def _shape(tensor: Tensor) -> tuple[int, ...]:
     return tuple(tensor.shape)
 
 
-def _check_same(operation: str, input: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+def _check_floating(input: Tensor) -> None:
     if not input.is_floating_point():
-        raise RuntimeError(f"{operation}: input must be a floating-point tensor, got {input.dtype}")
+        raise RuntimeError(f"input must be a floating-point tensor, got {input.dtype}")
+
+
+def _check_same(operation: str, input: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    _check_floating(input)
     for name, other in (("weight", weight), ("bias", bias)):
         if other is None:
             continue
@@ -248,28 +254,29 @@ def _check_conv2d(
     input: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    stride: IntOrPair,
-    padding: IntOrPair,
-    dilation: IntOrPair,
+    stride: tuple[int, int],
+    padding: tuple[int, int],
+    dilation: tuple[int, int],
     groups: int,
 ) -> None:
-    if input.dim() != 4:
+    shape, window = input.shape, weight.shape
+    if len(shape) != 4:
         raise ValueError(f"input must be (N, C, H, W), got shape {_shape(input)}")
-    if weight.dim() != 4:
+    if len(window) != 4:
         raise ValueError(f"weight must be (K, C / groups, R, S), got shape {_shape(weight)}")
-    if groups < 1 or weight.shape[0] % groups:
-        raise ValueError(f"groups must be positive and divide the {weight.shape[0]} output channels, got {groups}")
-    if input.shape[1] != weight.shape[1] * groups:
+    if groups < 1 or window[0] % groups:
+        raise ValueError(f"groups must be positive and divide the {window[0]} output channels, got {groups}")
+    if shape[1] != window[1] * groups:
         raise ValueError(
-            f"input has {input.shape[1]} channels, weight of shape {_shape(weight)} with groups={groups} "
-            f"takes {weight.shape[1] * groups}"
+            f"input has {shape[1]} channels, weight of shape {_shape(weight)} with groups={groups} "
+            f"takes {window[1] * groups}"
         )
     for name, value, least in (("stride", stride, 1), ("padding", padding, 0), ("dilation", dilation, 1)):
-        if min(pair(value)) < least:
+        if value[0] < least or value[1] < least:
             raise ValueError(f"{name} must be at least {least}, got {value}")
     for axis, name in ((0, "height"), (1, "width")):
-        padded = input.shape[2 + axis] + 2 * pair(padding)[axis]
-        if padded < pair(dilation)[axis] * (weight.shape[2 + axis] - 1) + 1:
+        padded = shape[2 + axis] + 2 * padding[axis]
+        if padded < dilation[axis] * (window[2 + axis] - 1) + 1:
             raise ValueError(
                 f"the weight of shape {_shape(weight)} is larger than the padded input {name} {padded} "
                 f"(input {_shape(input)}, padding {padding}, dilation {dilation})"
@@ -277,36 +284,32 @@ def _check_conv2d(
     _check_same("conv2d_relu", input, weight, bias)
 
 
-def _check_lrn(input: Tensor, size: int, groups: int) -> None:
-    if input.dim() < 3:
-        raise ValueError(f"input must have at least 3 dimensions (N, C, ...), got shape {_shape(input)}")
-    if not input.is_floating_point():
-        raise RuntimeError(f"input must be a floating-point tensor, got {input.dtype}")
+def _check_lrn(shape: Sequence[int], size: int, groups: int) -> None:
+    if len(shape) < 3:
+        raise ValueError(f"input must have at least 3 dimensions (N, C, ...), got shape {tuple(shape)}")
     if size < 1:
         raise ValueError(f"size, the number of channels in a window, must be at least 1, got {size}")
-    if groups < 1 or input.shape[1] % groups:
-        raise ValueError(f"groups must be positive and divide the {input.shape[1]} channels, got {groups}")
+    if groups < 1 or shape[1] % groups:
+        raise ValueError(f"groups must be positive and divide the {shape[1]} channels, got {groups}")
 
 
 def _check_pool(
-    input: Tensor,
+    shape: Sequence[int],
     window: tuple[int, int],
     stride: tuple[int, int],
     padding: tuple[int, int],
     dilation: tuple[int, int],
     ceil_mode: bool,
 ) -> None:
-    if input.dim() != 4:
-        raise ValueError(f"input must be (N, C, H, W) or (C, H, W), got shape {_shape(input)}")
-    if not input.is_floating_point():
-        raise RuntimeError(f"input must be a floating-point tensor, got {input.dtype}")
+    if len(shape) != 4:
+        raise ValueError(f"input must be (N, C, H, W) or (C, H, W), got shape {tuple(shape)}")
     for name, value, least in (
         ("kernel_size", window, 1),
         ("stride", stride, 1),
         ("padding", padding, 0),
         ("dilation", dilation, 1),
     ):
-        if min(value) < least:
+        if value[0] < least or value[1] < least:
             raise ValueError(f"{name} must be at least {least}, got {value}")
     if window[0] * window[1] > MAX_CELLS:
         raise ValueError(
@@ -315,8 +318,8 @@ def _check_pool(
     for axis, name in ((0, "height"), (1, "width")):
         if 2 * padding[axis] > window[axis]:
             raise ValueError(f"padding must be at most half of kernel_size, got {padding} for {window}")
-        if pooled_size(input.shape[2 + axis], window[axis], stride[axis], padding[axis], dilation[axis], ceil_mode) < 1:
+        if pooled_size(shape[2 + axis], window[axis], stride[axis], padding[axis], dilation[axis], ceil_mode) < 1:
             raise ValueError(
                 f"the window kernel_size {window} with padding {padding} and dilation {dilation} does not fit into "
-                f"the input's {name} {input.shape[2 + axis]}"
+                f"the input's {name} {shape[2 + axis]}"
             )

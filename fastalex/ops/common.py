@@ -9,6 +9,7 @@ needed.
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 from collections.abc import Callable
 from types import ModuleType
@@ -35,7 +36,11 @@ def empty(like: Tensor, shape: tuple[int, ...] | list[int], dtype: torch.dtype |
 
 def implementation(name: str, operation: str, input: Tensor) -> ModuleType:
     """The module whose functions do the work for this tensor: fastalex.kernels.<name> or fastalex.cpu.<name>."""
-    room = "kernels" if backend.takes_triton(operation, input) else "cpu"
+    return _module("kernels" if backend.takes_triton(operation, input) else "cpu", name)
+
+
+@functools.cache
+def _module(room: str, name: str) -> ModuleType:
     return importlib.import_module(f"fastalex.{room}.{name}")
 
 
@@ -89,16 +94,20 @@ def call(op: Any, *args: Any) -> Any:
 
 def _is_watched(args: tuple[Any, ...]) -> bool:
     """Whether a compiler, exporter, tracer, mode, transform or tensor subclass must see the operator as one call."""
-    return (
+    if (
         torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._are_functorch_transforms_active()
         or torch.jit.is_tracing()
         or forward_ad._current_level >= 0
-        or any(
-            isinstance(a, Tensor) and (type(a) not in (Tensor, Parameter) or not (a.is_cpu or a.is_cuda)) for a in args
-        )
-    )
+    ):
+        return True
+    for arg in args:
+        if isinstance(arg, Tensor) and (
+            (type(arg) is not Tensor and type(arg) is not Parameter) or not (arg.is_cpu or arg.is_cuda)
+        ):
+            return True
+    return False
 
 
 def refuse_double_backward(backward_op: Any, operation: str) -> None:
