@@ -8,7 +8,7 @@
     The Triton kernels run, on any device, or a `RuntimeError` says why not.  CPU tensors need Triton's interpreter
     (``TRITON_INTERPRET=1`` before the first import of a kernel).
 ``reference``
-    The formulas of `fastalex.reference`, differentiated by autograd.
+    The formulas of `fastalex.reference`, differentiated by autograd.  `torch.onnx.export` sees these in every mode.
 
 The environment variable ``FASTALEX_BACKEND`` sets the mode of a process; `use` changes it for a while.  The mode is
 process-wide, not per thread, because autograd runs CUDA backward passes in threads of its own.
@@ -107,6 +107,8 @@ def explain(function: Callable[..., Any], *args: Any, **kwargs: Any) -> str:
 
 def takes_reference(operation: str, tensor: Tensor) -> bool:
     """Whether a call of `operation` on this tensor takes `fastalex.reference` instead of an operator."""
+    if torch.compiler.is_exporting() and torch.onnx.is_in_onnx_export():  # ONNX knows nothing of our operators
+        return True
     if _mode == "auto":
         if tensor.device.type == "cpu" or tensor.device.type == "meta":
             return False

@@ -52,6 +52,8 @@ def local_response_norm(
 
     Source: Krizhevsky et al. 2012, section 3.3; torch.nn.functional.local_response_norm.
     """
+    if torch.onnx.is_in_onnx_export() and size % 2:  # an even window of ONNX's is longer above, not below
+        return _onnx_response_norm(input, size, alpha, beta, k, groups)
     channels = input.shape[1]
     grouped = input.unflatten(1, (groups, channels // groups))
     below, above = size // 2, (size - 1) // 2
@@ -59,6 +61,14 @@ def local_response_norm(
     squares = F.pad(grouped.square().movedim(2, -1), (below, above))
     sums = squares.unfold(-1, size, 1).sum(-1).movedim(-1, 2)
     return (grouped / (k + alpha / size * sums) ** beta).flatten(1, 2)
+
+
+def _onnx_response_norm(input: Tensor, size: int, alpha: float, beta: float, k: float, groups: int) -> Tensor:
+    """ONNX's LRN, the same formula as one node of its graph (https://onnx.ai/onnx/operators/onnx__LRN.html)."""
+    grouped = input.unflatten(1, (groups, -1)).flatten(0, 1)
+    attributes = {"size": size, "alpha": float(alpha), "beta": float(beta), "bias": float(k)}
+    output = torch.onnx.ops.symbolic("LRN", (grouped,), attributes, dtype=input.dtype, shape=grouped.shape)
+    return output.reshape(input.shape)
 
 
 def max_pool2d(
@@ -78,6 +88,8 @@ def max_pool2d(
     if input.dim() == 3:
         out = max_pool2d(input[None], kernel_size, stride, padding, dilation, ceil_mode, return_indices)
         return (out[0][0], out[1][0]) if isinstance(out, tuple) else out[0]
+    if torch.onnx.is_in_onnx_export():
+        return F.max_pool2d(input, kernel_size, stride, padding, dilation, ceil_mode, return_indices)
     rows, columns = pair(kernel_size)
     stride_h, stride_w = pair(kernel_size if stride is None else stride)
     pad_h, pad_w = pair(padding)

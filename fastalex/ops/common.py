@@ -56,13 +56,25 @@ def operator(name: str) -> Callable[[Callable[..., Any]], Any]:
         op: Any = torch.library.custom_op(name, function, mutates_args=(), device_types=("cpu", "cuda"))
         op.plain = function
         op.recorded = op
+        op.register_vmap(functools.partial(_one_by_one, op))
         return op
 
     return register
 
 
+def _one_by_one(op: Any, info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
+    """vmap of any operator: a call for each example, stacked."""
+    results = [
+        op(*(arg.select(dim, i) if isinstance(dim, int) else arg for arg, dim in zip(args, in_dims, strict=True)))
+        for i in range(info.batch_size)
+    ]
+    if isinstance(results[0], Tensor):
+        return torch.stack(results), 0
+    return tuple(map(torch.stack, zip(*results, strict=True))), (0,) * len(results[0])
+
+
 def differentiable(op: Any, setup_context: Callable[..., None], backward: Callable[..., Any]) -> None:
-    """Gives the operator its backward: registered, and as the autograd.Function that `call` takes."""
+    """Gives the operator its backward: registered, and as the two autograd.Functions that `call` takes."""
     op.register_autograd(backward, setup_context=setup_context)
 
     def forward(ctx: Any, *args: Any) -> Any:
@@ -75,16 +87,36 @@ def differentiable(op: Any, setup_context: Callable[..., None], backward: Callab
     def backward_or_nothing(ctx: Any, grad: Tensor | None, *rest: None) -> Any:
         return (None,) * len(ctx.needs_input_grad) if grad is None else backward(ctx, grad, *rest)
 
-    methods = {"forward": staticmethod(forward), "backward": staticmethod(backward_or_nothing)}
-    op.recorded = type(op.plain.__name__, (torch.autograd.Function,), methods).apply  # type: ignore[attr-defined]
+    op.recorded = _function(op, forward=forward, backward=backward_or_nothing)
+    op.transformed = _transformed(op, setup_context, backward)
+
+
+def _function(op: Any, **methods: Any) -> Callable[..., Any]:
+    members: dict[str, Any] = {name: staticmethod(method) for name, method in methods.items()}
+    return type(op.plain.__name__, (torch.autograd.Function,), {**members, "generate_vmap_rule": True}).apply  # type: ignore[attr-defined]
+
+
+def _transformed(op: Any, setup_context: Callable[..., None], backward: Callable[..., Any]) -> Callable[..., Any]:
+    """The operator for torch.func.grad and its kin, which refuse the Function that register_autograd makes."""
+    return _function(op, forward=lambda *args: op(*args), setup_context=setup_context, backward=backward)
 
 
 def call(op: Any, *args: Any) -> Any:
     """The operator's result: through torch.library where somebody watches, else by the shortest way to the same.
 
     A backward operator has no Function: where its own gradient might be asked for it is called as registered, and so
-    refuses a double backward.
+    refuses a double backward.  Raises RuntimeError under forward-mode differentiation, which a registered operator
+    would silently answer with zero tangents.
     """
+    if torch.compiler.is_compiling():
+        return op(*args)
+    if forward_ad._current_level >= 0:
+        raise RuntimeError(
+            f"fastalex.{op.plain.__name__} has no forward-mode derivative; for jvp run it under "
+            'fastalex.backend.use("reference")'
+        )
+    if torch._C._are_functorch_transforms_active():
+        return op.transformed(*args)
     if _is_watched(args):
         return op(*args)
     if torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args):
@@ -93,14 +125,8 @@ def call(op: Any, *args: Any) -> Any:
 
 
 def _is_watched(args: tuple[Any, ...]) -> bool:
-    """Whether a compiler, exporter, tracer, mode, transform or tensor subclass must see the operator as one call."""
-    if (
-        torch.compiler.is_compiling()
-        or torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._are_functorch_transforms_active()
-        or torch.jit.is_tracing()
-        or forward_ad._current_level >= 0
-    ):
+    """Whether a mode, a tracer or a tensor subclass must see the operator as one call."""
+    if torch._C._len_torch_dispatch_stack() > 0 or torch.jit.is_tracing():
         return True
     for arg in args:
         if isinstance(arg, Tensor) and (
@@ -120,3 +146,4 @@ def refuse_double_backward(backward_op: Any, operation: str) -> None:
         )
 
     backward_op.register_autograd(backward)
+    backward_op.transformed = _transformed(backward_op, lambda ctx, inputs, output: None, backward)
