@@ -57,7 +57,7 @@ def operators(program):
 def onnx_program(model, images):
     pytest.importorskip("onnx")
     pytest.importorskip("onnxscript")
-    return torch.onnx.export(model, (images,), dynamo=True, dynamic_shapes=(BATCH,), verbose=False)
+    return torch.onnx.export(model.eval(), (images,), dynamo=True, dynamic_shapes=(BATCH,), verbose=False)
 
 
 def assert_runs_the_same(program, model, images):
