@@ -7,6 +7,8 @@ differentiable by autograd to any order, no Triton.  Tests compare every kernel 
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -89,7 +91,8 @@ def max_pool2d(
         out = max_pool2d(input[None], kernel_size, stride, padding, dilation, ceil_mode, return_indices)
         return (out[0][0], out[1][0]) if isinstance(out, tuple) else out[0]
     if torch.onnx.is_in_onnx_export():
-        return F.max_pool2d(input, kernel_size, stride, padding, dilation, ceil_mode, return_indices)
+        pool: Any = F.max_pool2d_with_indices if return_indices else F.max_pool2d
+        return pool(input, kernel_size, stride, padding, dilation, ceil_mode)
     rows, columns = pair(kernel_size)
     stride_h, stride_w = pair(kernel_size if stride is None else stride)
     pad_h, pad_w = pair(padding)
