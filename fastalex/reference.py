@@ -68,7 +68,7 @@ def local_response_norm(
 def _onnx_response_norm(input: Tensor, size: int, alpha: float, beta: float, k: float, groups: int) -> Tensor:
     """ONNX's LRN, the same formula as one node of its graph (https://onnx.ai/onnx/operators/onnx__LRN.html)."""
     grouped = input.unflatten(1, (groups, -1)).flatten(0, 1)
-    attributes = {"size": size, "alpha": float(alpha), "beta": float(beta), "bias": float(k)}
+    attributes: dict[str, Any] = {"size": size, "alpha": float(alpha), "beta": float(beta), "bias": float(k)}
     output = torch.onnx.ops.symbolic("LRN", (grouped,), attributes, dtype=input.dtype, shape=grouped.shape)
     return output.reshape(input.shape)
 
