@@ -13,6 +13,7 @@ from calls import CALLS, CONV
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from fastalex import dispatch
 from fastalex import functional as F
 from fastalex.ops import common
 
@@ -56,7 +57,9 @@ def launches(monkeypatch):
         monkeypatch.setattr(kind, "run", lambda self, *args, **kwargs: seen.append(current[-1]), raising=False)
         monkeypatch.setattr(kind, "__getitem__", lambda self, grid: lambda *a, **k: self.run(*a, **k), raising=False)
     monkeypatch.setattr(torch.cuda, "device", device)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     monkeypatch.setattr(common, "_is_watched", lambda args: False)
+    dispatch.forget()  # choices made while nothing was captured
     return seen
 
 
