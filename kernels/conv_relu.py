@@ -453,14 +453,16 @@ def heuristic(form, x, weight, pixels, groups, precision):
         if ieee and form == "descriptors":
             # tiles of TMA lie across what FFMA reads, which takes registers: 443 spills with 128 x 128
             return Config(rows, split_tile(features, 64), depth, 8, 3)
-        stages = 3
+        # AMD has 64 KB of shared memory
+        stages = 3 if target else 2
         if form == "descriptors" and target == 90:
             stages = min(4, PIPELINE_BYTES // ((rows + sum(columns)) * sum(depth) * x.element_size()))
         warps = 4 if rows * sum(columns) <= FOUR_WARPS else 8
         return Config(rows, columns, depth, warps, stages, form == "descriptors" and target == 100 and large)
 
     rows = 128
-    if form == "split_k" or images * pixels * weight.shape[0] < 128 * 128 * ENOUGH_PROGRAMS:
+    # 64 x 64 makes four programs of one and needs twice the bytes from L2 per multiply-add
+    if form == "split_k" or images * pixels * weight.shape[0] < 128 * 128 * ENOUGH_PROGRAMS // 2:
         rows = 64
     columns = split_tile(features, rows)
     parts = 1
@@ -472,7 +474,8 @@ def heuristic(form, x, weight, pixels, groups, precision):
         parts = triton.cdiv(steps, triton.cdiv(steps, parts))
     warps = 4 if rows * sum(columns) <= FOUR_WARPS else 8
     # a fourth tile of 128 x 192 would be too much for the 99 KB of sm_86, sm_89 and sm_120
-    return Config(rows, columns, depth, warps, 4 if sum(columns) <= 128 else 3, parts=parts)
+    stages = (4 if sum(columns) <= 128 else 3) if target else 2
+    return Config(rows, columns, depth, warps, stages, parts=parts)
 
 
 # ------------------------------------------------------------------------------------------------- launchers
