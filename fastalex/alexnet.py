@@ -310,8 +310,8 @@ def alexnet(
     variant: as for `AlexNet`; by default the one that the weights were made for, else "paper".
     kwargs: num_classes (by default the number in the weights) and dropout, for `AlexNet`.
 
-    Raises FileNotFoundError for a missing path and ValueError for weights that do not fit the variant, naming the one
-    that they do fit.
+    Raises FileNotFoundError for a missing path, OSError, naming the file to fetch by hand, where a download fails, and
+    ValueError for weights that do not fit the variant, naming the one that they do fit.
     """
     if weights is None:
         return AlexNet(variant=variant or "paper", **kwargs)
@@ -347,9 +347,7 @@ def load_weights(weights: Any, *, progress: bool = True) -> tuple[dict[str, Tens
     name = str(getattr(weights, "name", weights)).removeprefix("AlexNet_Weights.")
     name = "IMAGENET1K_V1" if name == "DEFAULT" else name
     if name in TORCHVISION_WEIGHTS:
-        url = TORCHVISION_WEIGHTS[name]
-        state = torch.hub.load_state_dict_from_url(url, progress=progress, check_hash=True, weights_only=True)
-        return dict(state), "torchvision"
+        return _download(name, progress), "torchvision"
     path = Path(os.fspath(weights))
     if not path.is_file():
         known = ", ".join([*TORCHVISION_WEIGHTS, "DEFAULT"])
@@ -362,6 +360,19 @@ def load_weights(weights: Any, *, progress: bool = True) -> tuple[dict[str, Tens
     if not isinstance(content, Mapping):
         raise ValueError(f"{path} holds a {type(content).__name__}, not a state_dict")
     return dict(content.get("state_dict", content)), content.get("variant")
+
+
+def _download(name: str, progress: bool) -> dict[str, Tensor]:
+    url = TORCHVISION_WEIGHTS[name]
+    try:
+        return dict(torch.hub.load_state_dict_from_url(url, progress=progress, check_hash=True, weights_only=True))
+    except OSError as error:
+        folder = Path(torch.hub.get_dir()) / "checkpoints"
+        file = url.rpartition("/")[2]
+        raise OSError(
+            f"{name} could not be downloaded ({error}). Where there is a network: curl -LO {url}; "
+            f"then move {file} to {folder}, or give its path instead of {name}"
+        ) from error
 
 
 def _load_safetensors(path: Path) -> tuple[dict[str, Tensor], Variant | str | None]:
