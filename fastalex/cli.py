@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 # import name -> why it can be missing: the `cli` extra installs all of them
 EXTRAS = ("PIL", "matplotlib", "rich", "safetensors", "torchvision", "tyro")
 DEMO_MODEL = Path("runs/demo/model.safetensors")
+PUBLISHED = "IMAGENET1K_V1"
 
 
 def fail(message: object) -> NoReturn:
@@ -222,31 +223,38 @@ def evaluate(
 
 
 def predict(
-    images: Annotated[tuple[Path, ...], tyro.conf.Positional],
-    weights: str = str(DEMO_MODEL),
+    images: Annotated[tuple[Path, ...], tyro.conf.Positional] = (),
+    weights: str = PUBLISHED,
     top: int = 5,
+    ten_crop: bool = False,
+    out: Path = Path("runs/predict/predictions.png"),
     device: str | None = None,
 ) -> None:
-    """Say what is on pictures: the likeliest classes with their probabilities.
+    """Say what is on pictures: the likeliest classes with their probabilities, in the terminal and as a figure.
 
     Args:
-        images: Picture files (JPEG, PNG, ...).
-        weights: A model.safetensors that `fastalex train` or `fastalex demo` wrote, a torchvision .pth file, or
-            IMAGENET1K_V1 for torchvision's published weights.
+        images: Picture files (JPEG, PNG, ...); by default four photos that come with scikit-image.
+        weights: IMAGENET1K_V1 for torchvision's published weights, which are downloaded once; or a file: torchvision's
+            .pth, or a model.safetensors that `fastalex train` or `fastalex demo` wrote.
         top: How many classes to name.
+        ten_crop: Average the probabilities of corners, centre and their mirror images, as the 2012 paper.
+        out: File (PNG) for the pictures with their classes as bars.
         device: cpu, cuda, cuda:1, ...; by default a GPU if there is one.
     """
+    from fastalex.data.photos import default_photos
     from fastalex.evaluation.classifier import classify, load_classifier, read_picture
-    from fastalex.visualize.console import print_predictions
+    from fastalex.visualize import figures
+    from fastalex.visualize.console import console, print_predictions
 
-    if not images:
-        raise ValueError("name at least one picture")
     if top < 1:
         raise ValueError(f"--top must be at least 1, got {top}")
+    paths = images or default_photos()
     model, card = load_classifier(weights)
-    pictures = [read_picture(path, card.preprocessing) for path in images]
-    probabilities = classify(model.to(find_device(device)), pictures, card.preprocessing)
-    print_predictions([str(path) for path in images], probabilities, card.classes, top)
+    pictures = [read_picture(path, card.preprocessing) for path in paths]
+    probabilities = classify(model.to(find_device(device)), pictures, card.preprocessing, ten_crop=ten_crop)
+    print_predictions([str(path) for path in images] or [path.name for path in paths], probabilities, card.classes, top)
+    figures.predictions(pictures, [path.name for path in paths], probabilities, card.classes, out, top)
+    console.print(f"wrote {out}", soft_wrap=True)
 
 
 def inspect(

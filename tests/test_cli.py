@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from typing import get_args, get_type_hints
+from urllib.error import URLError
 
 import pytest
 
@@ -14,7 +15,7 @@ from PIL import Image
 
 from fastalex import cli
 from fastalex.alexnet import VARIANTS
-from fastalex.data import fashion_mnist
+from fastalex.data import fashion_mnist, photos
 from fastalex.training import recipes
 
 
@@ -88,10 +89,51 @@ def test_train_eval_predict(trained, picture, capsys, tmp_path):
     assert "top-1" in text
     assert "Ankle boot" in text
     assert {file.name for file in tmp_path.iterdir()} >= {"scores.json", "confusion.png"}
-    cli.main(["predict", str(picture), "--weights", weights, "--top", "2", "--device", "cpu"])
+    figure = trained / "new" / "predictions.png"
+    for crops in ([], ["--ten-crop"]):
+        options = ["--weights", weights, "--top", "2", "--out", str(figure), "--device", "cpu", *crops]
+        cli.main(["predict", str(picture), *options])
+        text = capsys.readouterr().out
+        assert "the 2 likeliest" in text
+        assert text.count("%") == 2
+        with Image.open(figure) as drawn:
+            assert drawn.width > drawn.height > 200
+        figure.unlink()
+
+
+def test_predict_without_pictures_takes_four_photos(trained, capsys, tmp_path):
+    pytest.importorskip("skimage")
+    weights, figure = str(trained / "model.safetensors"), str(tmp_path / "photos.png")
+    cli.main(["predict", "--weights", weights, "--out", figure, "--device", "cpu"])
     text = capsys.readouterr().out
-    assert "the 2 likeliest" in text
-    assert text.count("%") == 2
+    assert all(name in text for name in photos.NAMES)
+    assert text.count("%") == 4 * 5
+
+
+def test_predict_without_pictures_or_scikit_image(trained, capsys, monkeypatch):
+    monkeypatch.setattr(photos, "find_spec", lambda name: None)
+    message = error_of(capsys, "predict", "--weights", str(trained / "model.safetensors"))
+    assert "pip install 'fastalex[photos]'" in message
+
+
+def test_published_weights_without_a_network(capsys, picture, monkeypatch, tmp_path):
+    """The message holds the command that fetches the file elsewhere, and where to put it."""
+
+    def unreachable(*_, **__):
+        raise URLError("no network")
+
+    monkeypatch.setattr("torch.hub.urlopen", unreachable)
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    message = error_of(capsys, "predict", str(picture))
+    assert "curl -LO https://download.pytorch.org/models/alexnet-owt-7be5be79.pth" in message
+    assert str(tmp_path / "hub" / "checkpoints") in message
+
+
+@pytest.mark.parametrize(("size", "reason"), [((20000, 10000), "more than 85,000,000"), ((4000, 10), "50 times")])
+def test_pictures_that_would_take_gigabytes(trained, capsys, tmp_path, size, reason):
+    path = tmp_path / "big.png"
+    Image.new("1", size).save(path)
+    assert reason in error_of(capsys, "predict", str(path), "--weights", str(trained / "model.safetensors"))
 
 
 def test_an_existing_run_is_not_overwritten(trained, capsys):
@@ -194,7 +236,7 @@ def test_published_checkpoint_is_understood(capsys, picture, tmp_path):
 
     path = tmp_path / "alexnet.pth"
     torch.save(AlexNet(variant="torchvision").state_dict(), path)
-    cli.main(["predict", str(picture), "--weights", str(path), "--device", "cpu"])
+    cli.main(["predict", str(picture), "--weights", str(path), "--out", str(tmp_path / "x.png"), "--device", "cpu"])
     assert "the 5 likeliest" in capsys.readouterr().out
 
 

@@ -17,6 +17,9 @@ from fastalex.data.preprocessing import Preprocessing, centre_crop
 from fastalex.evaluation.metrics import ten_crop_probabilities
 
 IMAGENET_CLASSES = 1000
+# Half a gigabyte in memory; below Pillow's own limit of 179 million, where it warns already above 89 million
+MAX_PIXELS = 85_000_000
+MAX_ASPECT = 50
 
 
 def load_classifier(weights: str) -> tuple[AlexNet, ModelCard]:
@@ -58,13 +61,21 @@ def check_classes(card: ModelCard, classes: tuple[str, ...]) -> None:
 def read_picture(path: Path, preprocessing: Preprocessing) -> Tensor:
     """An image file, upright, in the model's colours and size, not yet normalised: uint8 (C, resize.., resize..).
 
-    Raises FileNotFoundError, or ValueError for a file that is no image.
+    Raises FileNotFoundError, or ValueError for a file that is no image, one of more than MAX_PIXELS, and one whose long
+    side is more than MAX_ASPECT times its short side; both would take gigabytes, the second after resizing.
     """
     if not path.is_file():
         raise FileNotFoundError(f"no such file: {path}")
     try:
         with Image.open(path) as file:
+            width, height = file.size
+            if width * height > MAX_PIXELS:
+                raise ValueError(f"{path} has {width}x{height} pixels, more than {MAX_PIXELS:,}: make it smaller first")
+            if max(width, height) > MAX_ASPECT * min(width, height):
+                raise ValueError(f"{path} has {width}x{height} pixels: one side is over {MAX_ASPECT} times the other")
             image = ImageOps.exif_transpose(file).convert("L" if preprocessing.channels == 1 else "RGB")
+    except Image.DecompressionBombError:
+        raise ValueError(f"{path} has more than {MAX_PIXELS:,} pixels: make it smaller first") from None
     except (UnidentifiedImageError, OSError, SyntaxError) as error:
         raise ValueError(f"{path} is not an image that can be read ({error})") from None
     return transforms.pil_to_tensor(transforms.resize(image, [preprocessing.resize]))

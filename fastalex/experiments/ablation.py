@@ -182,12 +182,12 @@ def run(
 ) -> list[Finding]:
     """The whole experiment.  Writes results.json, table.md and figure.png to `out`; goes on where it was stopped.
 
-    epochs: of every run; by default 4 on the sample of Fashion-MNIST, 30 on CIFAR-10.
+    epochs: of every run; by default 5 on the sample of Fashion-MNIST, 30 on CIFAR-10.
     report: told what has been done, a line at a time.
     Raises ValueError for settings out of range, or if `out` holds results of others.
     """
     pictures = load_pictures(data)
-    settings = Settings(pictures.name, epochs if epochs is not None else 30 if pictures.is_cifar else 4, seeds)
+    settings = Settings(pictures.name, epochs if epochs is not None else 30 if pictures.is_cifar else 5, seeds)
     store = Store(out / "results.json", {"experiment": NAME, **asdict(settings)}, overwrite=overwrite)
     keys = {f"{change}, seed {seed}": (change, seed) for seed in range(1, seeds + 1) for change in CHANGES}
     store.complete(

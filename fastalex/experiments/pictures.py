@@ -9,11 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastalex.data import fashion_mnist
-
-CIFAR_BINARY = "cifar-10-batches-bin"
-CIFAR_PYTHON = "cifar-10-batches-py"
-CIFAR_RECORD = 1 + 3 * 32 * 32
+from fastalex.data import fashion_mnist, sources
 
 
 @dataclass(frozen=True)
@@ -43,62 +39,22 @@ class Pictures:
 
 
 def load_pictures(data: Path | None = None) -> Pictures:
-    """The Fashion-MNIST sample that ships with the package, or CIFAR-10 in one of its two published forms.
+    """The Fashion-MNIST sample that ships with the package, or CIFAR-10.
 
-    data: the folder `cifar-10-batches-bin` or `cifar-10-batches-py`, or the one that holds it.  The second form is
-        pickled; torchvision reads it, and only if its checksums are the published ones.
-    Raises FileNotFoundError where neither is, ValueError for files of another size or content.
+    data: `cifar-10-batches-bin` or `cifar-10-batches-py` of the published archives, or the folder that holds it.
+    Raises FileNotFoundError for a missing folder, ValueError for one that holds something else or damaged files.
     """
     if data is None:
-        (train, train_labels), (test, test_labels) = fashion_mnist.load("train"), fashion_mnist.load("test")
-        return Pictures(
-            "Fashion-MNIST sample",
-            torch.from_numpy(train)[:, None],
-            torch.from_numpy(train_labels),
-            torch.from_numpy(test)[:, None],
-            torch.from_numpy(test_labels),
-        )
-    for folder in (data, data / CIFAR_BINARY, data / CIFAR_PYTHON):
-        if (folder / "data_batch_1.bin").is_file():
-            train = np.concatenate([_records(folder / f"data_batch_{part}.bin") for part in range(1, 6)])
-            return _cifar(train, _records(folder / "test_batch.bin"))
-        if (folder / "data_batch_1").is_file():
-            return _torchvisions_cifar(folder)
-    raise FileNotFoundError(
-        f"no CIFAR-10 in {data}: expected the folder {CIFAR_BINARY} or {CIFAR_PYTHON} of the published archives"
-    )
-
-
-def _records(path: Path) -> np.ndarray:
-    """(N, 3073): the label, then 32x32 red, green and blue bytes, row by row."""
-    content = np.fromfile(path, np.uint8)
-    if content.size == 0 or content.size % CIFAR_RECORD:
-        raise ValueError(f"{path} has {content.size:,} bytes, which is no multiple of CIFAR-10's {CIFAR_RECORD:,}")
-    records = content.reshape(-1, CIFAR_RECORD)
-    if records[:, 0].max() > 9:
-        raise ValueError(f"{path} holds the label {records[:, 0].max()}; CIFAR-10 has 0 to 9")
-    return records
-
-
-def _cifar(train: np.ndarray, test: np.ndarray) -> Pictures:
-    (images, labels), (test_images, test_labels) = (
-        (torch.from_numpy(records[:, 1:]).view(-1, 3, 32, 32), torch.from_numpy(records[:, 0]).long())
-        for records in (train, test)
-    )
-    return Pictures("CIFAR-10", images, labels, test_images, test_labels)
-
-
-def _torchvisions_cifar(folder: Path) -> Pictures:
-    from torchvision.datasets import CIFAR10
-
-    if folder.name != CIFAR_PYTHON:
-        raise ValueError(f"the folder {folder} must be called {CIFAR_PYTHON}")
-    try:
-        train, test = CIFAR10(str(folder.parent), train=True), CIFAR10(str(folder.parent), train=False)
-    except RuntimeError as error:
-        raise ValueError(f"{folder} does not hold CIFAR-10 as published: {error}") from None
-    (images, labels), (test_images, test_labels) = (
-        (torch.from_numpy(part.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(part.targets))
-        for part in (train, test)
-    )
-    return Pictures("CIFAR-10", images, labels, test_images, test_labels)
+        parts = [torch.from_numpy(array) for split in ("train", "test") for array in fashion_mnist.load(split)]
+        train, train_labels, test, test_labels = parts
+        return Pictures("Fashion-MNIST sample", train[:, None], train_labels, test[:, None], test_labels)
+    source = sources.find(data)
+    if not source.kind.startswith("cifar10"):
+        folders = " or ".join(sources.CIFAR_FOLDERS.values())
+        raise ValueError(f"--data must be the folder {folders} of CIFAR-10, or hold it; {data} does not")
+    parts = []
+    for split in ("train", "test"):
+        items = source.splits[split]
+        pixels = np.stack([np.asarray(sources.load(source.kind, source.root, item)) for item in items])
+        parts += [torch.from_numpy(pixels).permute(0, 3, 1, 2), torch.tensor([item.label for item in items])]
+    return Pictures("CIFAR-10", *parts)

@@ -7,6 +7,7 @@ from math import ceil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
@@ -60,7 +61,44 @@ def filters(weight: Tensor, path: Path) -> None:
     for axes in figure.subplots(rows, columns, squeeze=False).flat:
         axes.axis("off")
     for axes, kernel in zip(figure.axes, kernels, strict=False):
-        axes.imshow(kernel.permute(1, 2, 0).squeeze(-1), cmap="gray", vmin=0, vmax=1)
+        axes.imshow(pixels(kernel), cmap="gray", vmin=0, vmax=1)
+    save(figure, path)
+
+
+def pixels(picture: Tensor) -> np.ndarray:
+    """(C, H, W) -> (H, W, 3), or (H, W) for one channel, as matplotlib wants it."""
+    return picture.permute(1, 2, 0).squeeze(-1).numpy()
+
+
+def predictions(
+    pictures: Sequence[Tensor],
+    names: Sequence[str],
+    probabilities: Tensor,
+    classes: Sequence[str],
+    path: Path,
+    top: int = 5,
+) -> None:
+    """Pictures with their likeliest classes as bars beside them, two pictures a row, as in the paper's figure 4.
+
+    pictures: uint8 (C, H, W), of any sizes.  probabilities: (N, classes).
+    """
+    top = min(top, len(classes))
+    columns = min(2, len(pictures))
+    rows = ceil(len(pictures) / columns)
+    figure = Figure(figsize=(6 * columns, rows * max(2.5, 0.42 * top + 0.6)), dpi=DPI, layout="constrained")
+    cells = figure.subplots(rows, 2 * columns, squeeze=False, width_ratios=[1, 1.3] * columns)
+    for axes in cells.flat:
+        axes.axis("off")
+    best = probabilities.topk(top)
+    for i, (picture, name) in enumerate(zip(pictures, names, strict=True)):
+        row, column = divmod(i, columns)
+        photo, bars = cells[row, 2 * column], cells[row, 2 * column + 1]
+        photo.imshow(pixels(picture), cmap="gray", vmin=0, vmax=255)
+        photo.set_title(name if len(name) <= 32 else f"...{name[-29:]}", fontsize=9)
+        for place, (share, index) in enumerate(zip(best.values[i].tolist(), best.indices[i].tolist(), strict=True)):
+            bars.barh(place, share, height=0.3, color=BLUE if place == 0 else SKY)
+            bars.text(0, place - 0.22, f"{classes[index]}  {share:.1%}", fontsize=10, va="bottom")
+        bars.set(xlim=(0, 1), ylim=(top - 0.6, -0.9))
     save(figure, path)
 
 
@@ -84,7 +122,7 @@ def contact_sheet(
     for i, (image, label) in enumerate(zip(images, labels, strict=True)):
         row, column = divmod(i, columns)
         picture, bars = cells[row, 2 * column], cells[row, 2 * column + 1]
-        picture.imshow(image.permute(1, 2, 0).squeeze(-1), cmap="gray", vmin=0, vmax=255)
+        picture.imshow(pixels(image), cmap="gray", vmin=0, vmax=255)
         for place, (share, index) in enumerate(zip(top.values[i].tolist(), top.indices[i].tolist(), strict=True)):
             colour = RIGHT if index == label else WRONG
             bars.barh(place, share, height=0.25, color=colour)
