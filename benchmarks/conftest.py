@@ -1,17 +1,128 @@
-"""Paired timing: peer and ours take turns in one process, so that a noisy machine slows both alike."""
+"""The `contest` fixture, and what the JSON says about the machine."""
 
 from __future__ import annotations
 
-import os
 import platform
-import statistics
-import time
-from collections.abc import Callable, Iterator
+import subprocess
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+
+import fastalex
+from benchmarks import harness
+from benchmarks.harness import Case, Measured, Race
+
+Prepare = Callable[[Case, list[str]], Race]
+Outcome = tuple[Race, dict[str, Measured | Exception]]
+OUTCOMES = pytest.StashKey[dict[tuple[Any, Case], Outcome]]()
+EXECUTED = pytest.StashKey[list[str]]()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.stash[EXECUTED] = []
+    config.stash[OUTCOMES] = {}
+    config.pluginmanager.register(Executed(config.stash[EXECUTED]))
+    # one: with more, eager's many small regions wait for threads that a shared machine has descheduled
+    torch.set_num_threads(1)
+    torch.backends.cudnn.benchmark = True
+
+
+class Executed:
+    """Keeps the names of the tests that ran."""
+
+    def __init__(self, names: list[str]) -> None:
+        self.names = names
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if report.when == "call" and not report.skipped:
+            self.names.append(report.nodeid)
+
+
+def pytest_report_header(config: pytest.Config) -> str:
+    if harness.device() == "cuda":
+        return f"benchmarks: {torch.cuda.get_device_name()}, device time, L2 cache cleared before each run"
+    return (
+        "benchmarks: NO GPU HERE. Providers for CPUs at small batches, one thread, paired rounds: "
+        "no time below is the speed of a Triton kernel"
+    )
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if "contest" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.benchmark(timer=harness.REPLAY))
+
+
+def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
+    """A run in which every case was skipped is no success, and leaves no JSON behind."""
+    if (
+        exitstatus == pytest.ExitCode.OK
+        and not session.config.stash[EXECUTED]
+        and not session.config.option.collectonly
+    ):
+        session.exitstatus = pytest.ExitCode.NO_TESTS_COLLECTED
+
+
+@pytest.fixture
+def contest(request: pytest.FixtureRequest, benchmark: Any) -> Callable[[Case, str, Prepare], None]:
+    """contest(case, provider, prepare): check and time one provider of a case.
+
+    The first provider of a case to come has all of them measured, those that this session selected; the others find
+    their times there.  prepare(case, names) -> Race.  Raises what the provider raised.
+    """
+    outcomes = request.config.stash[OUTCOMES]
+    function = request.function  # type: ignore[attr-defined]
+
+    def run(case: Case, provider: str, prepare: Prepare) -> None:
+        if (function, case) not in outcomes:
+            with harness.tf32(case.dtype):
+                race = prepare(case, selected(request.session.items, function, case))
+                outcomes[function, case] = race, harness.measure(race, harness.device(), timed=not benchmark.disabled)
+        race, measured = outcomes[function, case]
+        mine = measured[provider]
+        if isinstance(mine, Exception):
+            raise mine
+        if not benchmark.disabled:
+            benchmark.group = f"{function.__name__.removeprefix('test_')}-{case}"
+            benchmark.extra_info.update(harness.details(case, provider, race, mine, harness.device()))
+        harness.feed(benchmark, mine.seconds)
+
+    return run
+
+
+def selected(items: list[pytest.Item], function: Callable[..., Any], case: Case) -> list[str]:
+    """The providers of this case that will run."""
+    return [
+        str(item.callspec.params["provider"])
+        for item in items
+        if isinstance(item, pytest.Function)
+        and item.function is function
+        and item.callspec.params.get("case") == case
+        and item.get_closest_marker("skip") is None
+    ]
+
+
+# ------------------------------------------------------------------------------------------------------- the machine
+def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict[str, Any]) -> None:
+    machine_info["processor"] = processor()
+    machine_info["gpu"] = gpu() if harness.device() == "cuda" else None
+    machine_info["torch"] = torch.__version__
+    machine_info["triton"] = triton_version()
+    machine_info["fastalex"] = commit()
+
+
+def pytest_benchmark_update_json(config: pytest.Config, benchmarks: list[Any], output_json: dict[str, Any]) -> None:
+    """Clocks and rates change while a machine works, so they do not belong to what identifies it."""
+    found = {b.extra_info["dtype"] for b in benchmarks if b.extra_info.get("dtype") in harness.DTYPES}
+    where = harness.device()
+    output_json["measured"] = {
+        "copy_gb_per_s": round(harness.copy_rate(where) / 1e9, 2),
+        "matrix_tflop_per_s": {dtype: round(harness.matrix_rate(where, dtype) / 1e12, 3) for dtype in sorted(found)},
+        "clocks": nvidia_smi("clocks.sm,clocks.mem,clocks.max.sm,power.limit") if where == "cuda" else None,
+    }
 
 
 def processor() -> str:
@@ -23,50 +134,50 @@ def processor() -> str:
     return platform.processor()
 
 
-@pytest.fixture
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+def gpu() -> dict[str, Any]:
+    properties = torch.cuda.get_device_properties(torch.cuda.current_device())
+    return {
+        "name": properties.name,
+        "capability": f"{properties.major}.{properties.minor}",
+        "multiprocessors": properties.multi_processor_count,
+        "memory_bytes": properties.total_memory,
+        "l2_bytes": properties.L2_cache_size,
+        "cuda": torch.version.cuda,
+        "cudnn": torch.backends.cudnn.version(),
+        "driver": nvidia_smi("driver_version"),
+    }
 
 
-@pytest.fixture
-def paired(benchmark: Any) -> Callable[..., float]:
-    """paired(ours, peer, rounds=7) -> the median of peer time / our time over rounds that run one after the other.
+def nvidia_smi(fields: str) -> str | None:
+    """The fields of the current GPU as nvidia-smi prints them, None where it cannot be asked."""
+    index = str(torch.cuda.current_device())
+    try:
+        return subprocess.run(
+            ["nvidia-smi", "-i", index, f"--query-gpu={fields}", "--format=csv,noheader"],
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
 
-    The statistics of the benchmark are those of `ours`; ratio, medians and the machine go into `extra_info`.
-    """
 
-    def run(ours: Callable[[], Any], peer: Callable[[], Any], rounds: int = 7) -> float:
-        ours()
-        peer()
-        peer_times: list[float] = []
-        our_times: list[float] = []
+def triton_version() -> str | None:
+    try:
+        import triton
+    except ImportError:
+        return None
+    return triton.__version__
 
-        def time_peer() -> None:
-            begin = time.perf_counter()
-            peer()
-            peer_times.append(time.perf_counter() - begin)
 
-        def time_ours() -> None:
-            begin = time.perf_counter()
-            ours()
-            our_times.append(time.perf_counter() - begin)
-
-        load_before = os.getloadavg()[0]
-        benchmark.pedantic(time_ours, setup=time_peer, rounds=rounds, iterations=1)
-        ratio = statistics.median(p / o for p, o in zip(peer_times, our_times, strict=True))
-        benchmark.extra_info.update(
-            ratio=round(ratio, 3),
-            ours_ms=round(1e3 * statistics.median(our_times), 3),
-            peer_ms=round(1e3 * statistics.median(peer_times), 3),
-            load_average=[round(load_before, 2), round(os.getloadavg()[0], 2)],
-            threads=torch.get_num_threads(),
-            torch=torch.__version__,
-            processor=processor(),
-        )
-        print(f"\n{benchmark.name}: peer / ours = {ratio:.2f}  {benchmark.extra_info}")
-        return ratio
-
-    return run
+def commit() -> dict[str, Any]:
+    """The checkout that fastalex was imported from."""
+    root = Path(fastalex.__file__).resolve().parents[1]
+    try:
+        answers = [
+            subprocess.run(["git", "-C", str(root), *command], capture_output=True, text=True, check=True).stdout
+            for command in (["rev-parse", "HEAD"], ["status", "--porcelain", "--untracked-files=no"])
+        ]
+    except (OSError, subprocess.CalledProcessError):
+        return {"commit": None, "changed": None}
+    return {"commit": answers[0].strip(), "changed": bool(answers[1].strip())}

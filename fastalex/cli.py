@@ -259,7 +259,7 @@ def predict(
 
 def inspect(
     target: tuple[Literal["sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942"], ...] = ("sm_90",),
-    dtype: tuple[Literal["fp16", "bf16", "fp32"], ...] = ("fp16", "bf16", "fp32"),
+    dtype: tuple[Literal["fp16", "bf16", "fp32", "tf32"], ...] = ("fp16", "bf16", "fp32", "tf32"),
     kernel: str = "",
     every: bool = False,
     json: Path | None = None,
@@ -276,7 +276,7 @@ def inspect(
 
     Args:
         target: Architectures to compile for.
-        dtype: Which element types.
+        dtype: Which element types; tf32 is float32 with TF32 in matrix products.
         kernel: Only entries of the catalogue with this text in their name (variant/layer/operation/pass/dtype/layout).
         every: All variants, layouts and inference; by default what differs, for training in channels_last.
         json: File for everything that is known, as JSON.
@@ -431,6 +431,37 @@ def tune(
     print(f"wrote {table_path()}")
 
 
+def bench(
+    action: Annotated[Literal["report"], tyro.conf.Positional],
+    results: Annotated[Path, tyro.conf.Positional],
+    out: Path = Path("runs/bench"),
+    keep: Path | None = None,
+    readme: Path | None = None,
+) -> None:
+    """Draw charts of a benchmark's results and print them as a Markdown table, losing rows included.
+
+    The results come from `pytest benchmarks/ --benchmark-only --benchmark-json results.json` in a checkout.
+
+    Args:
+        action: "report".
+        results: A file of --benchmark-json, or a small one that --keep wrote.
+        out: Folder for the charts: speed-ups, percent of measured rates, memory.
+        keep: Folder for the small dated file (medians, ratios, machine), as benchmarks/results.
+        readme: Markdown file whose table of results is renewed, as README.md.
+    """
+    from fastalex import results as kept
+    from fastalex.visualize.results import charts
+
+    result = kept.load(results)
+    if readme is not None:
+        kept.replace_table(readme, result)
+    if keep is not None:
+        print(f"wrote {kept.save(result, keep)}", file=sys.stderr)
+    for path in charts(result, out):
+        print(f"wrote {path}", file=sys.stderr)
+    print(kept.markdown(result))
+
+
 def open_images(
     data: Path | None, preprocessing: Preprocessing, *, splits: tuple[str, ...], workers: int | None
 ) -> ImageSet:
@@ -463,6 +494,7 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "eval": evaluate,
     "predict": predict,
     "inspect": inspect,
+    "bench": bench,
     "describe": describe,
     "pack": pack,
     "verify": verify,

@@ -58,6 +58,8 @@ class Entry:
         """Elements per image of the largest tensor: what work and traffic are divided by."""
         return self.channels * self.side**2
 
+    flops = 0  # of matrix products, per element
+
     def tensor(self, side, batch, device, dtype=None):
         """A tensor of zeros with this entry's channels; (batch, channels) for a matrix of features."""
         shape = (batch, self.channels, side, side) if self.side > 1 else (batch, self.channels)
@@ -145,6 +147,11 @@ class ConvEntry:
     def image_elements(self):
         """Elements per image of the output."""
         return self.features * self.out_side**2
+
+    @property
+    def flops(self):
+        """Of matrix products, per element of the output."""
+        return 2 * self.channels // self.groups * self.kernel**2
 
     @property
     def geometry(self):

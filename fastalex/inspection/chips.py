@@ -100,7 +100,8 @@ def times(
 ) -> dict[str, float]:
     """Seconds that each resource of the chip is busy, if it alone set the pace: a model, not a measurement.
 
-    pipes: instructions that threads issue, by pipe.  flops: of matrix products in `dtype` ("fp16", "bf16", "fp32").
+    pipes: instructions that threads issue, by pipe; what is not known may be missing.  flops: of matrix products in
+    `dtype`: "fp16", "bf16" and "tf32" on the matrix units, "fp32" on the fma pipe.
     """
     busy = {}
     limits = ARCHITECTURES.get(chip.target)
@@ -108,8 +109,11 @@ def times(
         rate = chip.multiprocessors * chip.clock * 1e9
         busy["issue"] = sum(pipes.values()) / (rate * limits.lanes["issue"])
         busy |= {pipe: pipes.get(pipe, 0) / (rate * lanes) for pipe, lanes in limits.lanes.items() if pipe != "issue"}
-    if flops:
-        busy["matrix"] = flops / (1e12 * (chip.matrix_tf32 if dtype == "fp32" else chip.matrix_fp16))
+    if flops and dtype == "fp32" and limits is not None:
+        rate = chip.multiprocessors * chip.clock * 1e9 * limits.lanes["fma"]
+        busy["fma"] = max(busy.get("fma", 0), flops / 2 / rate)
+    elif flops:
+        busy["matrix"] = flops / (1e12 * (chip.matrix_tf32 if dtype == "tf32" else chip.matrix_fp16))
     if dram_bytes is not None:
         busy["DRAM"] = dram_bytes / (chip.dram * 1e12)
     return busy

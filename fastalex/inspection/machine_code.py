@@ -7,13 +7,12 @@ The rows come from `fastalex.kernels.offline` (registers, spills, memory, access
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from fastalex.backend import HAS_TRITON
+from fastalex.files import write_whole
 from fastalex.inspection.chips import CHIPS, resident_warps, times
 
 Row = dict[str, Any]
@@ -26,9 +25,10 @@ TABLES = {
 
 
 def names(dtypes: Iterable[str], text: str = "", every: bool = False) -> list[str]:
-    """The catalogue's entries of these dtypes with `text` in their name.
+    """The catalogue's entries of these dtypes ("tf32": float32 convolutions with TF32) with `text` in their name.
 
-    Those that differ, of training in channels_last, unless `every`.  Raises ValueError if none is left, and where
+    Unless `every`, those that differ, of training in channels_last: of convolutions the paper's, in fp16 and tf32,
+    because bf16's code is fp16's but for the name of an instruction.  Raises ValueError if none is left, and where
     Triton is not installed.
     """
     if not HAS_TRITON:
@@ -37,13 +37,26 @@ def names(dtypes: Iterable[str], text: str = "", every: bool = False) -> list[st
 
     found = []
     for dtype in dtypes:
-        entries = [e for e in catalog.ENTRIES.values() if e.dtype == dtype] if every else catalog.representative(dtype)
-        found += [entry.name for entry in entries if text in entry.name]
+        of_dtype = [name for name in catalog.ENTRIES if _kind(name) == dtype]
+        if not every:
+            differing = {entry.name for entry in catalog.representative(dtype)}
+            if dtype in ("fp16", "tf32"):
+                differing |= {name for name in of_dtype if _is_paper_convolution(name)}
+            of_dtype = [name for name in of_dtype if name in differing]
+        found += [name for name in of_dtype if text in name]
     if not found:
         raise ValueError(
             f"no entry of the catalogue has {text!r} in its name; it has such as {next(iter(catalog.ENTRIES))}"
         )
     return found
+
+
+def _kind(name: str) -> str:
+    return name.split("/")[4]
+
+
+def _is_paper_convolution(name: str) -> bool:
+    return name.startswith("paper/") and name.split("/")[2].startswith("conv_")
 
 
 def rows(names: Sequence[str], targets: Sequence[str]) -> list[Row]:
@@ -59,7 +72,7 @@ def rows(names: Sequence[str], targets: Sequence[str]) -> list[Row]:
         entry = catalog.ENTRIES[name]
         elements = entry.image_elements * entry.batch
         for target in targets:
-            shared = {"entry": name, "target": target, "dtype": entry.dtype, "layer": f"{entry.variant} {entry.layer}"}
+            shared = {"entry": name, "target": target, "dtype": _kind(name), "layer": f"{entry.variant} {entry.layer}"}
             built, traffic = found[name, target], found[name, "traffic"]
             errors = [answer["error"] for answer in (built, traffic) if "error" in answer]
             if errors:
@@ -68,7 +81,8 @@ def rows(names: Sequence[str], targets: Sequence[str]) -> list[Row]:
             for code, moved in zip(built, traffic, strict=True):
                 if code["kernel"] != "sum_partials_kernel":
                     bytes_moved = moved["read"] + moved["written"]
-                    out.append({**shared, **code, "dram": bytes_moved, "elements": elements})
+                    flops = entry.flops if code["products"] else 0
+                    out.append({**shared, **code, "dram": bytes_moved, "flops": flops, "elements": elements})
     return [with_model(row) for row in out]
 
 
@@ -85,6 +99,7 @@ def with_model(row: Row) -> Row:
                 chip,
                 pipes={pipe: number * elements for pipe, number in row["pipes"].items()},
                 dram_bytes=row["dram"] * elements,
+                flops=row["flops"] * elements,
                 dtype=row["dtype"],
             ).items()
         }
@@ -101,12 +116,13 @@ def bound(modelled: dict[str, float]) -> str:
 
 # ------------------------------------------------------------------------------------------------------- tables
 COLUMNS = (
-    "layer", "kernel", "dtype", "target", "registers", "spills", "shared", "warps/SM", "loads", "stores", "instr/el",
-    "DRAM B/el", "issue : DRAM", "compile s",
+    "layer", "kernel", "dtype", "target", "registers", "spills", "shared", "tensor memory", "warps/SM", "loads",
+    "stores", "matrix product", "loop/product", "instr/el", "DRAM B/el", "issue : DRAM", "compile s",
 )  # fmt: skip
 PIPE_COLUMNS = ("layer", "kernel", "dtype", "target", "fma", "alu", "xu", "lsu", "tensor", "uniform", "control")
 MODEL_COLUMNS = (
-    "layer", "kernel", "dtype", "chip", "issue us", "fma us", "alu us", "xu us", "lsu us", "DRAM us", "bound",
+    "layer", "kernel", "dtype", "chip", "issue us", "fma us", "alu us", "xu us", "lsu us", "matrix us", "DRAM us",
+    "bound",
 )  # fmt: skip
 Table = tuple[tuple[str, ...], list[list[str]]]
 
@@ -114,6 +130,21 @@ Table = tuple[tuple[str, ...], list[list[str]]]
 def widths(counts: dict[str, int]) -> str:
     """'2x16 1x4': so many accesses of so many bytes."""
     return " ".join(f"{counts[width]}x{width}" for width in sorted(counts, key=int, reverse=True))
+
+
+def _loads(row: Row) -> str:
+    """Loads, then what is copied to shared memory without registers: vectors, and tiles of descriptors."""
+    parts = [widths(row["loads"])]
+    if row["copies"]:
+        parts.append(f"async {widths(row['copies'])}")
+    if row["tiles"]:
+        parts.append(f"{row['tiles']} tiles")
+    return ", ".join(part for part in parts if part)
+
+
+def per_product(row: Row) -> float | None:
+    """Instructions of the main loop per matrix instruction in it, None without such a loop."""
+    return None if row["main_loop"] is None else row["main_loop"][0] / row["main_loop"][1]
 
 
 def _number(value: float | None, digits: int = 1) -> str:
@@ -138,7 +169,8 @@ def code_table(found: Iterable[Row]) -> Table:
         lines.append(
             [
                 *_head(row), row["target"], str(row["registers"]), str(row["spills"] + row["stack"]),
-                str(row["shared"]), _number(row["resident_warps"], 0), widths(row["loads"]), widths(row["stores"]),
+                str(row["shared"]), str(row["tensor_memory"]), _number(row["resident_warps"], 0), _loads(row),
+                widths(row["stores"]), " ".join(row["products"]) or "-", _number(per_product(row)),
                 _number(row["instructions"]), _number(row["dram"], 2), _number(ratio, 2), _number(row["seconds"]),
             ]
         )  # fmt: skip
@@ -229,16 +261,10 @@ def replace_between(text: str, markers: tuple[str, str], replacement: str) -> st
 def write_tables(path: Path, found: Iterable[Row]) -> None:
     """Put the tables of kernels and chips between their markers of a Markdown file."""
     text = replace_between(path.read_text(), TABLES["kernels"], markdown(code_table(found)))
-    write_atomically(path, replace_between(text, TABLES["chips"], markdown(chip_table())))
+    write_whole(path, replace_between(text, TABLES["chips"], markdown(chip_table())))
 
 
 # --------------------------------------------------------------------------------------------------------- files
-def write_atomically(path: Path, text: str) -> None:
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
-        file.write(text)
-    os.replace(file.name, path)
-
-
 def save(path: Path, found: Iterable[Row]) -> None:
     """Write rows as JSON, one row a line, so that a difference between two files reads well."""
     import torch
@@ -248,7 +274,7 @@ def save(path: Path, found: Iterable[Row]) -> None:
     # compile times are this machine's
     kept = [{key: value for key, value in row.items() if key != "seconds"} for row in found]
     lines = ",\n".join(json.dumps(row, sort_keys=True) for row in kept)
-    write_atomically(path, f'{head[:-1]}, "rows": [\n{lines}\n]}}\n')
+    write_whole(path, f'{head[:-1]}, "rows": [\n{lines}\n]}}\n')
 
 
 def load(path: Path) -> dict[str, Any]:
@@ -263,7 +289,7 @@ def load(path: Path) -> dict[str, Any]:
 
 
 # --------------------------------------------------------------------------------------------------- comparison
-COMPARED = ("registers", "spills", "stack", "shared", "instructions", "dram")
+COMPARED = ("registers", "spills", "stack", "shared", "tensor_memory", "instructions", "dram")
 
 
 def by_launch(found: Iterable[Row]) -> dict[tuple[str, str, str], Row]:
@@ -277,14 +303,19 @@ def by_launch(found: Iterable[Row]) -> dict[tuple[str, str, str], Row]:
     return out
 
 
+def _quantity(row: Row, name: str) -> float | None:
+    """One number of a row, None if it is not known or nothing was compiled."""
+    return per_product(row) if name == "loop/product" and "main_loop" in row else row.get(name)
+
+
 def changes(old: Iterable[Row], new: Iterable[Row]) -> Table:
     """The numbers that differ between rows that both have."""
     before, after = by_launch(old), by_launch(new)
     lines = []
     for key in before.keys() & after.keys():
-        for quantity in COMPARED:
-            a, b = before[key].get(quantity), after[key].get(quantity)
-            if a != b and None not in (a, b):
+        for quantity in (*COMPARED, "loop/product"):
+            a, b = _quantity(before[key], quantity), _quantity(after[key], quantity)
+            if a is not None and b is not None and a != b:
                 percent = f"{100 * (b / a - 1):+.1f} %" if a else "-"
                 lines.append([*key, quantity, f"{a:g}", f"{b:g}", percent])
     return ("entry", "target", "kernel", "quantity", "old", "new", "change"), sorted(lines)
@@ -309,4 +340,7 @@ def regressions(old: Iterable[Row], new: Iterable[Row]) -> list[str]:
             out.append(f"{name}: {kernel} spills: {was} -> {spilt} (instructions and bytes of stack)")
         if row["instructions"] and (now["instructions"] or 0) > MORE_INSTRUCTIONS * row["instructions"]:
             out.append(f"{name}: {kernel} issues {row['instructions']:.2f} -> {now['instructions']:.2f} per element")
+        loop, before_loop = per_product(now), per_product(row)
+        if before_loop and (loop or 0) > MORE_INSTRUCTIONS * before_loop:
+            out.append(f"{name}: {kernel} loops {before_loop:.2f} -> {loop:.2f} instructions per matrix product")
     return out

@@ -12,7 +12,8 @@ from fastalex.kernels import offline
 NAME = "caffenet/conv1/lrn/forward/fp16/channels_last"
 LAUNCH = {
     "kernel": "lrn_fwd_kernel", "programs": 8748, "warps": 4, "registers": 31, "stack": 0, "spills": 0, "shared": 0,
-    "loads": {"4": 2, "16": 1}, "stores": {"16": 1}, "instructions": 13.5, "pipes": {"fma": 8.0, "alu": 3.5, "xu": 2.0},
+    "tensor_memory": 0, "loads": {"4": 2, "16": 1}, "stores": {"16": 1}, "copies": {}, "tiles": 0, "products": {},
+    "main_loop": None, "instructions": 13.5, "pipes": {"fma": 8.0, "alu": 3.5, "xu": 2.0},
     "seconds": 1.25,
 }  # fmt: skip
 SUM = {**LAUNCH, "kernel": "sum_partials_kernel"}
@@ -71,8 +72,9 @@ def test_times_are_work_over_rate():
     assert busy["xu"] == pytest.approx(clocks)
     assert busy["issue"] == pytest.approx(160 / 128 * clocks)
     assert times(h100, pipes={}, dram_bytes=3.35e12) == {"DRAM": 1}
-    tf32 = times(h100, pipes={}, dram_bytes=None, flops=494.7e12, dtype="fp32")
-    assert tf32 == {"matrix": 1}
+    assert times(h100, pipes={}, dram_bytes=None, flops=494.7e12, dtype="tf32") == {"matrix": 1}
+    # without matrix units: two FLOP per instruction of the fma pipe
+    assert times(h100, pipes={}, dram_bytes=None, flops=256e9, dtype="fp32")["fma"] == pytest.approx(clocks)
 
 
 # ---- rows and tables
@@ -86,12 +88,34 @@ def test_rows(compiler):
     assert machine_code.bound(row["modelled_us"]["H100"]) == "DRAM"
     (table,) = machine_code.code_table([row])[1]
     assert table == [
-        "caffenet conv1", "lrn_fwd", "fp16", "sm_90", "31", "0", "0", "64", "1x16 2x4", "1x16", "13.5", "4.00", "0.37",
-        "1.2",
+        "caffenet conv1", "lrn_fwd", "fp16", "sm_90", "31", "0", "0", "0", "64", "1x16 2x4", "1x16", "-", "-", "13.5",
+        "4.00", "0.37", "1.2",
     ]  # fmt: skip
     text = machine_code.report([row])
     assert "MODELLED, not measured" in text
     assert text.count("lrn_fwd") == 4  # code, pipes, and two chips
+
+
+def test_rows_of_a_convolution(compiler):
+    name = "paper/conv3/conv_relu/batch_tiled/tf32/channels_last"
+    code = {
+        **LAUNCH, "kernel": "conv_relu_batch_kernel", "copies": {"16": 42}, "tiles": 2, "instructions": None,
+        "pipes": {}, "products": {"HGMMA.64x128x8.F32.TF32": 8}, "main_loop": [142, 16],
+    }  # fmt: skip
+    compiler["sm_90"] = [code]
+    compiler["traffic"] = [MOVED]
+    (row,) = machine_code.rows([name], ["sm_90"])
+    assert (row["dtype"], row["flops"], row["elements"]) == ("tf32", 2 * 256 * 9, 256 * 384 * 13 * 13)
+    assert machine_code.bound(row["modelled_us"]["H100"]) == "matrix"
+    (line,) = machine_code.code_table([row])[1]
+    assert line[9:13] == ["1x16 2x4, async 42x16, 2 tiles", "1x16", "HGMMA.64x128x8.F32.TF32", "8.9"]
+
+    old = [{"entry": name, "target": "sm_90", **code}]
+    assert machine_code.regressions(old, [{**old[0], "main_loop": [149, 16]}]) == []
+    (worse,) = machine_code.regressions(old, [{**old[0], "main_loop": [150, 16]}])
+    assert "loops 8.88 -> 9.38 instructions per matrix product" in worse
+    ((*_, quantity, _, _, percent),) = machine_code.changes(old, [{**old[0], "main_loop": [150, 16]}])[1]
+    assert (quantity, percent) == ("loop/product", "+5.6 %")
 
 
 def test_rows_of_amd_have_no_instructions(compiler):
@@ -120,7 +144,10 @@ def test_markdown_file(compiler, tmp_path):
     cli.main(arguments)
     text = path.read_text()
     assert text.startswith("before\n")
-    assert "| caffenet conv1 | lrn_fwd | fp16 | sm_90 | 31 | 0 | 0 | 64 | 1x16 2x4 | 1x16 | 13.5 | 4.00 |" in text
+    assert (
+        "| caffenet conv1 | lrn_fwd | fp16 | sm_90 | 31 | 0 | 0 | 0 | 64 | 1x16 2x4 | 1x16 | - | - | 13.5 | 4.00 |"
+        in text
+    )
     assert all(f"| {chip.name} | {chip.target} |" in text for chip in CHIPS)
     cli.main(arguments)
     assert path.read_text() == text
@@ -206,4 +233,6 @@ def test_other_files_are_refused(content, tmp_path):
 def test_no_entry(capsys):
     with pytest.raises(ValueError, match="'conv9' in its name; it has such as paper/conv1"):
         machine_code.names(["fp16"], "conv9")
-    assert len(machine_code.names(["fp16"], every=True)) > 3 * len(machine_code.names(["fp16"]))
+    some = machine_code.names(["fp16", "tf32"])
+    assert {"paper/conv3/conv_relu/split_k/tf32/channels_last", NAME} <= set(some)
+    assert len(machine_code.names(["fp16", "tf32"], every=True)) > 2 * len(some)

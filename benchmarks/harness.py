@@ -1,0 +1,342 @@
+"""How the providers of one case are checked and timed, and what is recorded beside the times.
+
+On a GPU the time is the device's, between events, with the L2 cache cleared before each run; what takes less than
+20 us is replayed from a CUDA graph, so that the host's part is not measured.  On a CPU the providers take turns, one
+run each per round, so that a noisy machine slows all of them alike and their ratios still mean something.
+
+pytest-benchmark stores, groups and compares; it is given the measured times through its `timer` option.
+"""
+
+from __future__ import annotations
+
+import functools
+import gc
+import math
+import os
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+GRAPH_BELOW = 20e-6
+LEAST_ROUNDS = 10  # on a GPU
+CPU_ROUNDS = (3, 11)
+CPU_SECONDS = 2.5  # for the rounds of one case
+
+Run = Callable[[], Any]
+
+
+def device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+# ---------------------------------------------------------------------------------------------------- what is timed
+@dataclass(frozen=True)
+class Case:
+    """What every provider does: one operation or model in one pass, dtype and shape.
+
+    passes: "forward", "backward", "both", "inference" or "step".  dtype: a key of `DTYPES`; "tf32" is float32 with
+    TF32 allowed in matrix products, "fp32" with TF32 forbidden, for all providers alike.
+    """
+
+    operation: str
+    passes: str
+    dtype: str
+    shape: tuple[int, ...]
+    layer: str = ""
+
+    def __str__(self) -> str:
+        shape = "x".join(map(str, self.shape))
+        return "-".join(part for part in (self.layer, self.passes, self.dtype, shape) if part)
+
+    @property
+    def group(self) -> str:
+        return f"{self.operation}-{self}"
+
+
+@dataclass(frozen=True)
+class Expected:
+    """What a correct provider returns, and the tensors of the result that are compared.
+
+    An element may differ by `tolerance` times the largest expected magnitude of its tensor, and a share of
+    `outliers` of the elements by more: where two cells of a pooling window are equal up to rounding, the gradient may
+    go to either.
+    """
+
+    tensors: Sequence[Tensor]
+    tolerance: float
+    outliers: float = 0.0
+
+
+@dataclass
+class Race:
+    """The providers of one case, each as a function that builds what is run.
+
+    observe: the tensors to check, out of what a run returns.  bytes, flops: that one run must move and compute.
+    calls: a run repeats its work so often, for work that is shorter than a clock can tell.  host: time the host's part
+    also on a GPU.
+    """
+
+    builders: Mapping[str, Callable[[], Run]]
+    expected: Callable[[], Expected]
+    observe: Callable[[Any], Sequence[Tensor]] = lambda out: out if isinstance(out, tuple) else (out,)
+    bytes: int = 0
+    flops: int = 0
+    calls: int = 1
+    host: bool = False
+
+
+@dataclass
+class Measured:
+    """The times of one provider in seconds, how they were taken, and the peak of allocated device memory in bytes."""
+
+    seconds: list[float]
+    timing: str
+    peak_bytes: int | None = None
+    ratio: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.seconds)
+
+
+class WrongResult(AssertionError):
+    """A provider that computes something else is not timed."""
+
+
+def check(actual: Sequence[Tensor], expected: Expected) -> None:
+    """Raises WrongResult unless every tensor is finite where expected and within its tolerance."""
+    if len(actual) != len(expected.tensors):
+        raise WrongResult(f"{len(actual)} results, expected {len(expected.tensors)}")
+    for number, (a, e) in enumerate(zip(actual, expected.tensors, strict=True)):
+        if a.shape != e.shape:
+            raise WrongResult(f"result {number} has shape {tuple(a.shape)}, expected {tuple(e.shape)}")
+        limit = expected.tolerance * e.abs().max().item()
+        difference = (a.to(e.dtype) - e).abs()
+        # NaN compares false
+        share = 1 - (difference <= limit).double().mean().item()
+        if share > expected.outliers:
+            raise WrongResult(
+                f"{share:.3%} of result {number} differ by more than {limit:.3g} ({expected.outliers:.3%} may), "
+                f"the worst by {difference.max().item():.3g}"
+            )
+
+
+# ------------------------------------------------------------------------------------------------------- on a GPU
+def device_seconds(run: Run) -> tuple[list[float], str]:
+    """Seconds of each run on the device, and "events" or "graph" for how they were taken.
+
+    Compilation and warm-up come first.  The runs of a graph are replays of one captured run; what cannot be captured
+    stays with the events.
+    """
+    from triton.testing import do_bench
+
+    milliseconds = do_bench(run, return_mode="all")
+    if len(milliseconds) < LEAST_ROUNDS:
+        milliseconds = do_bench(run, rep=math.ceil(1.2 * LEAST_ROUNDS * max(milliseconds)), return_mode="all")
+    timing = "events"
+    if statistics.median(milliseconds) * 1e-3 < GRAPH_BELOW:
+        graph = captured(run)
+        if graph is not None:
+            milliseconds, timing = do_bench(graph.replay, return_mode="all"), "graph"
+    return [m * 1e-3 for m in milliseconds], timing
+
+
+def captured(run: Run) -> torch.cuda.CUDAGraph | None:
+    """A CUDA graph of one run, None if it cannot be captured."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        run()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    try:
+        with torch.cuda.graph(graph):
+            run()
+    except RuntimeError:
+        return None
+    return graph
+
+
+def peak_bytes(run: Run) -> int:
+    """The most device memory that was allocated at a time, models and inputs included."""
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    run()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated()
+
+
+def one_by_one(race: Race, timed: bool) -> dict[str, Measured | Exception]:
+    """One provider after the other, so that the memory of each is its own."""
+    expected = race.expected()
+    out: dict[str, Measured | Exception] = {}
+    for name, build in race.builders.items():
+        try:
+            run = build()
+            check(race.observe(run()), expected)
+            if timed:
+                seconds, timing = device_seconds(run)
+                out[name] = Measured(seconds, timing, peak_bytes(run))
+            else:
+                out[name] = Measured([], "unmeasured")
+        except Exception as error:
+            out[name] = error.with_traceback(None)
+        run = None  # type: ignore[assignment]
+        gc.collect()
+        torch.cuda.empty_cache()
+    for measured in out.values():
+        if isinstance(measured, Measured) and timed:
+            measured.ratio = {
+                name: other.median / measured.median
+                for name, other in out.items()
+                if isinstance(other, Measured) and other is not measured
+            }
+    return out
+
+
+# ------------------------------------------------------------------------------------------------------- on a CPU
+def seconds_of(run: Run) -> float:
+    """What the host needs for a run.  On a GPU, its work is waited for before and after, but not measured."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    begin = time.perf_counter()
+    run()
+    return time.perf_counter() - begin
+
+
+def side_by_side(race: Race, timed: bool) -> dict[str, Measured | Exception]:
+    """The providers side by side: one run each per round; a ratio is the median over the rounds."""
+    expected = race.expected()
+    out: dict[str, Measured | Exception] = {}
+    runs: dict[str, Run] = {}
+    for name, build in race.builders.items():
+        try:
+            run = build()
+            check(race.observe(run()), expected)
+            runs[name] = run
+        except Exception as error:
+            out[name] = error.with_traceback(None)
+    del expected
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    if timed and runs:
+        once = sum(seconds_of(run) for run in runs.values())
+        rounds = int(min(max(CPU_SECONDS / once, CPU_ROUNDS[0]), CPU_ROUNDS[1]))
+        gc.collect()
+        for _ in range(rounds):
+            for name, run in runs.items():
+                times[name].append(seconds_of(run) / race.calls)
+    for name, mine in times.items():
+        ratios = {
+            other: statistics.median(theirs / ours for theirs, ours in zip(times[other], mine, strict=True))
+            for other in times
+            if other != name and mine
+        }
+        out[name] = Measured(mine, "paired" if timed else "unmeasured", ratio=ratios)
+    return out
+
+
+def measure(race: Race, where: str, timed: bool = True) -> dict[str, Measured | Exception]:
+    """Check every provider, time those that are right: {provider: times, or why there are none}."""
+    return one_by_one(race, timed) if where == "cuda" and not race.host else side_by_side(race, timed)
+
+
+# ------------------------------------------------------------------------------------------------- for comparison
+@functools.cache
+def copy_rate(where: str) -> float:
+    """Bytes per second, read and written, of a copy that fits into no cache, measured here and now."""
+    elements = (1 << 28) if where == "cuda" else (1 << 25)
+    source = torch.zeros(elements, device=where)
+    target = torch.empty_like(source)
+    return 2 * source.nbytes / _best(lambda: target.copy_(source), where)
+
+
+@functools.cache
+def matrix_rate(where: str, dtype: str) -> float:
+    """FLOP per second of a square matrix product in this dtype, measured here and now."""
+    size = 8192 if where == "cuda" else 1024
+    a, b = torch.ones(2, size, size, dtype=DTYPES[dtype], device=where)
+    with tf32(dtype):
+        return 2 * size**3 / _best(lambda: a @ b, where)
+
+
+def _best(run: Run, where: str) -> float:
+    run()
+    if where == "cuda":
+        return statistics.median(device_seconds(run)[0])
+    return min(seconds_of(run) for _ in range(7))
+
+
+class tf32:
+    """Within the block, products and convolutions of float32 use TF32 if the dtype is "tf32", and not otherwise."""
+
+    def __init__(self, dtype: str) -> None:
+        self.allowed = dtype == "tf32"
+
+    def __enter__(self) -> None:
+        self.before = (torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32)
+        self._set(self.allowed, self.allowed)
+
+    def __exit__(self, *exception: object) -> None:
+        self._set(*self.before)
+
+    def _set(self, matmul: bool, cudnn: bool) -> None:
+        torch.backends.cuda.matmul.allow_tf32 = matmul
+        torch.backends.cudnn.allow_tf32 = cudnn
+
+
+# ---------------------------------------------------------------------------------------------- into pytest-benchmark
+class Replay:
+    """A timer for pytest-benchmark: each pair of readings is one of the given durations apart."""
+
+    def __init__(self) -> None:
+        self._readings: Iterator[float] = iter(())
+
+    def load(self, seconds: Sequence[float]) -> None:
+        self._readings = (reading for duration in seconds for reading in (0.0, duration))
+
+    def __call__(self) -> float:
+        return next(self._readings)
+
+
+REPLAY = Replay()
+
+
+def feed(benchmark: Any, seconds: Sequence[float]) -> None:
+    """Make the times the rounds of a benchmark whose timer is REPLAY."""
+    REPLAY.load(seconds)
+    benchmark.pedantic(lambda: None, rounds=max(1, len(seconds)), iterations=1)
+
+
+def details(case: Case, provider: str, race: Race, measured: Measured, where: str) -> dict[str, Any]:
+    """The extra_info of one benchmark."""
+    info: dict[str, Any] = {
+        "operation": case.operation,
+        "provider": provider,
+        "pass": case.passes,
+        "dtype": case.dtype,
+        "layout": "nchw" if provider.endswith("nchw") else "channels_last",
+        "shape": list(case.shape),
+        "layer": case.layer,
+        "device": where,
+        "timing": measured.timing,
+        "bytes": race.bytes or None,
+        "flops": race.flops or None,
+        "peak_bytes": measured.peak_bytes,
+        "ratio": {name: round(ratio, 3) for name, ratio in measured.ratio.items()},
+    }
+    if race.bytes:
+        rate = race.bytes / measured.median
+        info |= {"gb_per_s": round(rate / 1e9, 2), "percent_of_copy": round(100 * rate / copy_rate(where), 1)}
+    if race.flops:
+        rate = race.flops / measured.median
+        percent = 100 * rate / matrix_rate(where, case.dtype)
+        info |= {"tflop_per_s": round(rate / 1e12, 3), "percent_of_matrix_rate": round(percent, 1)}
+    if where == "cpu":
+        info |= {"threads": torch.get_num_threads(), "load_average": round(os.getloadavg()[0], 2)}
+    return info

@@ -1,0 +1,196 @@
+"""The whole network: eager twins of fastalex's models, and races over inference and training steps."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks import providers
+from benchmarks.harness import DTYPES, Case, Expected, Race, Run, check, device, tf32
+from fastalex import AlexNet, backend
+from fastalex.alexnet import Variant
+from fastalex.nn import LinearReLUDropout
+
+# pictures that are compared with the float64 reference
+CHECKED = 4
+# The largest error of a correct gradient of the first hidden layer, relative to its largest element, and the share of
+# elements that may differ by more, because a ReLU had an input of 0 up to rounding.
+GRADIENT_TOLERANCE = {"fp32": 1e-5, "tf32": 2e-2, "fp16": 2e-2, "bf16": 5e-2}
+FLIPPED = 0.02
+
+
+def eager_twin(model: AlexNet) -> nn.Sequential:
+    """The same network out of torch.nn's modules, with copies of the parameters."""
+    variant, dropout = model.variant, max(m.p for m in model.modules() if isinstance(m, nn.Dropout | LinearReLUDropout))
+    if any(conv.norm is not None and conv.norm.groups != 1 for conv in variant.convs):
+        raise ValueError(f"torch.nn has no normalisation inside channel groups, as variant {variant.name} needs")
+    layers: list[nn.Module] = [nn.ZeroPad2d((0, variant.pad_end, 0, variant.pad_end))] if variant.pad_end else []
+    channels = variant.in_channels
+    for conv in variant.convs:
+        layers.append(
+            nn.Conv2d(channels, conv.channels, conv.kernel_size, conv.stride, conv.padding, groups=conv.groups)
+        )
+        norm = [nn.LocalResponseNorm(*conv.norm[:4])] if conv.norm else []
+        pool = [nn.MaxPool2d(conv.pool, conv.pool_stride)] if conv.pool else []
+        after = [*pool, *norm] if variant.pool_first else [*norm, *pool]
+        relu = nn.ReLU(inplace=True)
+        layers += [relu, *after] if variant.relu == "first" else [*after, relu]
+        channels = conv.channels
+    features = channels * variant.features_size**2
+    sizes = (features, *variant.hidden, model.num_classes)
+    layers.append(nn.Flatten())
+    for number, (inputs, outputs) in enumerate(itertools.pairwise(sizes)):
+        drop = nn.Dropout(dropout)
+        hidden = number < len(sizes) - 2
+        before = [drop] if hidden and variant.dropout_first else []
+        after_relu = [nn.ReLU(inplace=True), *([] if variant.dropout_first else [drop])] if hidden else []
+        layers += [*before, nn.Linear(inputs, outputs), *after_relu]
+    twin = nn.Sequential(*layers)
+    for ours, theirs in zip(model.parameters(), twin.parameters(), strict=True):
+        theirs.data.copy_(ours.data)
+    return twin.to(memory_format=torch.channels_last)
+
+
+def images_and_labels(case: Case) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    images = torch.randn(case.shape, generator=generator)
+    return images.to(device()), torch.randint(1000, case.shape[:1], generator=generator).to(device())
+
+
+def new_model(variant: str | Variant, dropout: float) -> AlexNet:
+    torch.manual_seed(0)
+    return AlexNet(dropout=dropout, variant=variant).to(device())
+
+
+def flops(variant: str | Variant, shape: Sequence[int], backward: bool) -> int:
+    """Of the convolutions and linear layers; the gradient of the pictures is not needed."""
+    with torch.device("meta"):
+        twin = eager_twin(AlexNet(dropout=0.0, variant=variant))
+        images = torch.empty(tuple(shape))
+        with FlopCounterMode(display=False) as counter:
+            logits = twin(images)
+            if backward:
+                logits.sum().backward()
+    return counter.get_total_flops()
+
+
+def autocast(name: str, dtype: str, pure: bool) -> Any:
+    """Mixed precision where a model is not converted to the dtype as a whole."""
+    return torch.autocast(device(), DTYPES[dtype], enabled=not pure and DTYPES[dtype] != torch.float32)
+
+
+def inference_race(case: Case, names: list[str], variant: str | Variant) -> Race:
+    """Logits of the batch.  Half precision: the model is converted; on a CPU, where eager's normalisation takes no
+    bfloat16, eager and compiled models run under autocast instead."""
+    images, _ = images_and_labels(case)
+    dtype = DTYPES[case.dtype]
+
+    def build(name: str) -> Run:
+        model = new_model(variant, 0.0).eval()
+        twin = not name.startswith("fastalex")
+        network: Any = eager_twin(model).eval() if twin else model
+        if name == "onnxruntime":
+            return providers.onnxruntime_run(network, images)
+        if name == "openvino":
+            return providers.openvino_run(network, images)
+        if name == "tensorrt":
+            return providers.tensorrt_run(network, images, case.dtype)
+        pure = not (twin and device() == "cpu")
+        given = providers.placed(images, name)
+        if pure:
+            network, given = network.to(dtype), given.to(dtype)
+        network = network.to(memory_format=providers.layout_of(name))
+        if name.startswith("compile"):
+            network = providers.compiled(network, name, cudagraphs=True)
+
+        @torch.no_grad()
+        def run() -> Tensor:
+            with autocast(name, case.dtype, pure):
+                return network(given)
+
+        return providers.graphed(run) if name == "fastalex-graph" else run
+
+    def expected() -> Expected:
+        with backend.use("reference"), torch.no_grad():
+            exact = new_model(variant, 0.0).eval().double()(images[:CHECKED].double())
+        return Expected((exact,), providers.TOLERANCE[case.dtype])
+
+    return Race(
+        {name: functools.partial(build, name) for name in names},
+        expected,
+        observe=lambda logits: (logits[:CHECKED],),
+        flops=flops(variant, case.shape, backward=False),
+    )
+
+
+def training_race(
+    case: Case, names: list[str], variant: str | Variant, *, dropout: float = 0.5, update: bool = True
+) -> Race:
+    """A training step: forward, loss, backward and, with `update`, fused SGD with momentum and weight decay.
+
+    Half precision: autocast over float32 parameters with `update`, the converted model without.  Loss and the
+    gradient of the first hidden layer are checked without dropout before the step is timed.  (At the paper's initial
+    weights the gradients of the convolutions cancel so far that bfloat16 leaves nothing of conv1's, eager's included;
+    their kernels are checked layer by layer in `test_conv_relu.py`.)
+    """
+    images, labels = images_and_labels(case)
+    dtype = DTYPES[case.dtype]
+    pure = not update
+
+    def gradient(network: Callable[[Tensor], Tensor], model: nn.Module, given: Tensor, name: str) -> list[Tensor]:
+        with autocast(name, case.dtype, pure):
+            loss = F.cross_entropy(network(given).float(), labels)
+        loss.backward()
+        hidden = next(module for module in model.modules() if isinstance(module, nn.Linear))
+        assert hidden.weight.grad is not None
+        return [loss.detach(), hidden.weight.grad]
+
+    @functools.cache
+    def expected() -> Expected:
+        with tf32("fp32"), backend.use("reference"):
+            model = new_model(variant, 0.0).eval()
+            return Expected(gradient(model, model, images, "reference"), GRADIENT_TOLERANCE[case.dtype], FLIPPED)
+
+    def build(name: str) -> Run:
+        model: Any = new_model(variant, dropout)
+        if not name.startswith("fastalex"):
+            model = eager_twin(model)
+        given = providers.placed(images, name)
+        if pure:
+            model, given = model.to(dtype), given.to(dtype)
+        model = model.to(memory_format=providers.layout_of(name))
+        network = providers.compiled(model, name) if name.startswith("compile") else model
+        check(gradient(network, model.eval(), given, name), expected())
+        model.train().zero_grad()
+        if not update:
+
+            def run() -> None:
+                model.zero_grad()
+                gradient(network, model, given, name)
+
+            return run
+        optimizer = torch.optim.SGD(model.parameters(), 0.01, momentum=0.9, weight_decay=5e-4, fused=True)
+
+        def step() -> None:
+            optimizer.zero_grad()
+            with autocast(name, case.dtype, pure):
+                loss = F.cross_entropy(network(given).float(), labels)
+            loss.backward()
+            optimizer.step()
+
+        return step
+
+    return Race(
+        {name: functools.partial(build, name) for name in names},
+        # checked while building
+        lambda: Expected((), 0.0),
+        observe=lambda nothing: (),
+        flops=flops(variant, case.shape, backward=True),
+    )

@@ -1,0 +1,251 @@
+"""Who takes part: fastalex, eager PyTorch, torch.compile, and inference engines where they are installed."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch._functorch.config
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks.harness import DTYPES, Case, Expected, Race, Run, captured, device, tf32
+
+# Of an operation.  Without a suffix, memory is channels_last.
+OPERATION = ("fastalex", "fastalex-nchw", "eager", "eager-nchw", "compile", "compile-max-autotune")
+MODEL = (*OPERATION, "fastalex-graph", "tensorrt", "onnxruntime", "openvino")
+TRAINING = ("fastalex", "eager", "eager-nchw", "compile", "compile-max-autotune")
+
+# The largest error of a correct result, relative to its largest element: rounding of inputs and of sums.
+TOLERANCE = {"fp32": 1e-5, "tf32": 5e-3, "fp16": 5e-3, "bf16": 3e-2}
+# The share of gradients that may go to another cell of a pooling window, because its value is equal up to rounding.
+ALMOST_TIES = {"fp32": 1e-4, "tf32": 1e-2, "fp16": 2e-2, "bf16": 1e-1}
+
+NO_GPU = "needs a CUDA device"
+
+
+def unavailable(provider: str, where: str) -> str | None:
+    """Why a provider cannot take part here, or None if it can."""
+    needs_package = {
+        "tensorrt": ("tensorrt", "onnx"),
+        "onnxruntime": ("onnxruntime", "onnx"),
+        "openvino": ("openvino",),
+    }
+    if where == "cpu":
+        if provider in ("tensorrt", "fastalex-graph", "compile-max-autotune"):
+            return NO_GPU
+        if provider == "compile" and shutil.which(os.environ.get("CXX", "g++")) is None:
+            return "torch.compile needs a C++ compiler here"
+    elif provider in ("onnxruntime", "openvino"):
+        return "runs on CPUs here"
+    missing = [name for name in needs_package.get(provider, ()) if importlib.util.find_spec(name) is None]
+    return f"{missing[0]} is not installed" if missing else None
+
+
+def entries(
+    cpu: Sequence[Case], cuda: Sequence[Case], names: Sequence[str], cpu_compile: Sequence[Case] = ()
+) -> pytest.MarkDecorator:
+    """Parameters (case, provider): the cases of this machine for every provider, the others as skipped.
+
+    cpu_compile: the cases in which torch.compile takes part on a CPU, where it compiles for about 10 s.
+    """
+    here = cuda if device() == "cuda" else cpu
+    elsewhere = [case for case in cuda if case not in here]
+    out = []
+    for case in here:
+        for name in names:
+            reason = unavailable(name, device())
+            if device() == "cpu" and name == "compile" and case not in cpu_compile:
+                continue
+            marks = pytest.mark.skip(reason=f"{name}: {reason}") if reason else ()
+            out.append(pytest.param(case, name, id=f"{case}-{name}", marks=marks))
+    for case in elsewhere:
+        out.append(pytest.param(case, "any", id=f"{case}-any", marks=pytest.mark.skip(reason=NO_GPU)))
+    return pytest.mark.parametrize(("case", "provider"), out)
+
+
+def layout_of(name: str) -> torch.memory_format:
+    return torch.contiguous_format if name.endswith("nchw") else torch.channels_last
+
+
+def placed(tensor: Tensor, name: str) -> Tensor:
+    """The tensor in the memory format of a provider."""
+    return tensor.contiguous(memory_format=layout_of(name)) if tensor.dim() == 4 else tensor
+
+
+def compiled(function: Callable[..., Any], name: str, cudagraphs: bool = False) -> Callable[..., Any]:
+    """torch.compile for fixed shapes; CUDA graphs, where max-autotune has them, only for whole-model inference."""
+    torch._dynamo.reset()
+    mode = None
+    if name == "compile-max-autotune":
+        mode = "max-autotune" if cudagraphs else "max-autotune-no-cudagraphs"
+    return torch.compile(function, dynamic=False, mode=mode)
+
+
+# ------------------------------------------------------------------------------------------------------ operations
+def passes(function: Callable[..., Tensor], inputs: Sequence[Tensor], grad: Tensor | None, which: str) -> Run:
+    """What is timed: the output ("forward"), the gradients ("backward"), or output and gradients ("both")."""
+    if which == "forward":
+
+        def forward() -> Tensor:
+            with torch.no_grad():
+                return function(*inputs)
+
+        return forward
+    leaves = [tensor.detach().requires_grad_() for tensor in inputs]
+
+    def both() -> tuple[Tensor, ...]:
+        out = function(*leaves)
+        return (out.detach(), *torch.autograd.grad(out, leaves, grad))
+
+    if which == "both":
+        return both
+    # the graph is used again and again, so the compiler must not give its buffers away
+    with torch._functorch.config.patch(donated_buffer=False):
+        out = function(*leaves)
+        torch.autograd.grad(out, leaves, grad, retain_graph=True)
+    return lambda: torch.autograd.grad(out, leaves, grad, retain_graph=True)
+
+
+def far_from_zero(channels: int) -> Tensor:
+    """A bias of 8 and -8 in turn: sums of unit variance then lie on the same side of the ReLU whatever the rounding."""
+    return torch.tensor([8.0, -8.0]).repeat(channels // 2)
+
+
+def operation_race(
+    case: Case,
+    names: Sequence[str],
+    *,
+    inputs: Sequence[Tensor],
+    ours: Callable[..., Tensor],
+    eager: Callable[..., Tensor],
+    reference: Callable[..., Tensor],
+    bytes: Callable[[int, int], int] = lambda inputs, output: 0,
+    almost_ties: bool = False,
+) -> Race:
+    """The race of one operation.
+
+    inputs: float32 tensors; they are rounded to the case's dtype, and every provider and the reference start from
+    the rounded ones.  bytes(bytes of all inputs, bytes of the output): what must be moved.
+    """
+    where = device()
+    dtype = DTYPES[case.dtype]
+    given = [tensor.to(where, dtype) for tensor in inputs]
+    wide = torch.float64 if dtype == torch.float32 else torch.float32
+    with torch.device("meta"):
+        output = eager(*(torch.empty(t.shape, dtype=dtype) for t in given))
+    grad = torch.randn(output.shape, generator=torch.Generator().manual_seed(1)).to(where, dtype)
+
+    def build(name: str) -> Run:
+        function = ours if name.startswith("fastalex") else eager
+        if name.startswith("compile"):
+            function = compiled(eager, name)
+        return passes(function, [placed(t, name) for t in given], placed(grad, name), case.passes)
+
+    def expected() -> Expected:
+        with tf32("fp32"):
+            exact = passes(reference, [t.to(wide) for t in given], grad.to(wide), case.passes)()
+        tensors = exact if isinstance(exact, tuple) else (exact,)
+        ties = ALMOST_TIES[case.dtype] if almost_ties and case.passes != "forward" else 0.0
+        return Expected(tensors, TOLERANCE[case.dtype], ties)
+
+    def flops() -> int:
+        with torch.device("meta"), FlopCounterMode(display=False) as counter:
+            on_meta = [torch.empty(t.shape, dtype=dtype) for t in given]
+            passes(eager, on_meta, torch.empty(grad.shape, dtype=dtype), "both")()
+            both = counter.get_total_flops()
+        with torch.device("meta"), FlopCounterMode(display=False) as counter:
+            passes(eager, on_meta, None, "forward")()
+            forward = counter.get_total_flops()
+        return {"forward": forward, "backward": both - forward, "both": both}[case.passes]
+
+    return Race(
+        {name: functools.partial(build, name) for name in names},
+        expected,
+        bytes=bytes(sum(t.nbytes for t in given), output.nbytes),
+        flops=flops(),
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------- engines
+def onnx_file(model: nn.Module, images: Tensor) -> bytes:
+    """The model as ONNX; LRN becomes ONNX's own operator.  The exporter needs the onnx package."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "model.onnx"
+        torch.onnx.export(model, (images,), path, dynamo=False, input_names=["images"], output_names=["logits"])
+        return path.read_bytes()
+
+
+def onnxruntime_run(model: nn.Module, images: Tensor) -> Run:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    session = onnxruntime.InferenceSession(onnx_file(model, images), options, providers=["CPUExecutionProvider"])
+    given = {"images": images.contiguous().numpy()}
+    return lambda: torch.from_numpy(session.run(None, given)[0])
+
+
+def openvino_run(model: nn.Module, images: Tensor) -> Run:
+    import openvino
+
+    converted = openvino.convert_model(model, example_input=images, input=[list(images.shape)])
+    # the default would lower the precision where the processor has a faster one
+    settings = {"INFERENCE_NUM_THREADS": torch.get_num_threads(), "INFERENCE_PRECISION_HINT": "f32"}
+    request = openvino.compile_model(converted, "CPU", settings).create_infer_request()
+    given = images.contiguous().numpy()
+    return lambda: torch.from_numpy(request.infer([given], share_inputs=True)[0])
+
+
+def tensorrt_run(model: nn.Module, images: Tensor, dtype: str) -> Run:
+    import tensorrt
+
+    logger = tensorrt.Logger(tensorrt.Logger.ERROR)
+    builder = tensorrt.Builder(logger)
+    network = builder.create_network(0)
+    parser = tensorrt.OnnxParser(network, logger)
+    if not parser.parse(onnx_file(model, images)):
+        raise RuntimeError(f"TensorRT does not take the model: {parser.get_error(0)}")
+    config = builder.create_builder_config()
+    config.clear_flag(tensorrt.BuilderFlag.TF32)
+    flag = {"tf32": "TF32", "fp16": "FP16", "bf16": "BF16"}.get(dtype)
+    if flag is not None:
+        config.set_flag(getattr(tensorrt.BuilderFlag, flag))
+    plan = builder.build_serialized_network(network, config)
+    if plan is None:
+        raise RuntimeError("TensorRT could not build an engine")
+    context = tensorrt.Runtime(logger).deserialize_cuda_engine(plan).create_execution_context()
+    given = images.contiguous()
+    logits = torch.empty(tuple(context.get_tensor_shape("logits")), device="cuda")
+    context.set_tensor_address("images", given.data_ptr())
+    context.set_tensor_address("logits", logits.data_ptr())
+
+    def run() -> Tensor:
+        context.execute_async_v3(torch.cuda.current_stream().cuda_stream)
+        return logits
+
+    # `given` and the engine live as long as the function does
+    run.kept = (given, context)  # type: ignore[attr-defined]
+    return run
+
+
+def graphed(run: Run) -> Run:
+    """A CUDA graph of the run, as somebody would deploy it; its result lies where the capture left it."""
+    out: list[Any] = []
+    graph = captured(lambda: out.append(run()))
+    if graph is None:
+        raise RuntimeError("the run cannot be captured in a CUDA graph")
+
+    def replay() -> Any:
+        graph.replay()
+        return out[-1]
+
+    return replay

@@ -1,0 +1,102 @@
+"""Charts of measured results: speed-ups, rates against what the machine was measured to do, memory."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from fastalex import results
+from fastalex.results import OURS, Result
+
+WHOLE_MODEL = ("inference", "step")
+
+
+def charts(result: Result, folder: Path) -> list[Path]:
+    """Write the charts that the result has numbers for; returns their paths.
+
+    speedup_operations.png, speedup_models.png: the other providers' time over fastalex's.  rates.png: percent of the
+    measured copy and matrix rates.  memory.png: peak of allocated device memory.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    compared = {group: found for group, found in results.groups(result).items() if len(found) > 1}
+    models = {group: found for group, found in compared.items() if found[OURS]["pass"] in WHOLE_MODEL}
+    operations = {group: found for group, found in compared.items() if group not in models}
+    names = results.baselines(result)
+    written = []
+
+    def draw(name: str, figure: Figure | None) -> None:
+        if figure is not None:
+            figure.savefig(folder / name)
+            written.append(folder / name)
+
+    draw("speedup_operations.png", speedups(operations, names, f"Operations: {results.machine(result)}"))
+    draw("speedup_models.png", speedups(models, names, f"Whole network: {results.machine(result)}"))
+    draw("rates.png", rates(result, [OURS, *names]))
+    draw("memory.png", memory(result, [OURS, *names]))
+    return written
+
+
+def speedups(groups: dict[str, dict[str, Result]], names: Sequence[str], title: str) -> Figure | None:
+    """A line per case, a point per provider; left of 1 it is faster than fastalex."""
+    if not groups:
+        return None
+    figure, axes = _lines(list(groups), title)
+    for name in names:
+        points = [(found[OURS]["ratio"][name], y) for y, found in enumerate(groups.values()) if name in found]
+        if points:
+            axes.plot(*zip(*points, strict=True), "o", markersize=5, label=name)
+    axes.axvline(1, color="#444444", linewidth=1)
+    axes.set(xscale="log", xlabel="time / time of fastalex (right of 1, fastalex is faster)")
+    axes.legend(fontsize=8)
+    return figure
+
+
+def rates(result: Result, names: Sequence[str]) -> Figure | None:
+    """Percent of the measured copy rate (bytes are counted) or matrix rate (FLOPs are), whichever is more."""
+    cases = [case for case in result["cases"] if "percent_of_copy" in case or "percent_of_matrix_rate" in case]
+    if not cases:
+        return None
+    groups = list(dict.fromkeys(case["group"] for case in cases))
+    figure, axes = _lines(groups, f"Percent of the nearer measured bound: {results.machine(result)}")
+    for name in names:
+        points = [
+            (max(case.get("percent_of_copy", 0), case.get("percent_of_matrix_rate", 0)), groups.index(case["group"]))
+            for case in cases
+            if case["provider"] == name
+        ]
+        if points:
+            axes.plot(*zip(*points, strict=True), "o", markersize=5, label=name)
+    axes.axvline(100, color="#444444", linewidth=1)
+    axes.set(xlim=(0, None), xlabel="percent of the measured copy rate or matrix rate, whichever is nearer")
+    axes.legend(fontsize=8)
+    return figure
+
+
+def memory(result: Result, names: Sequence[str]) -> Figure | None:
+    """Peak of allocated device memory, in GB."""
+    cases = [case for case in result["cases"] if "peak_bytes" in case]
+    if not cases:
+        return None
+    groups = list(dict.fromkeys(case["group"] for case in cases))
+    figure, axes = _lines(groups, f"Peak device memory: {results.machine(result)}")
+    for name in names:
+        points = [(case["peak_bytes"] / 1e9, groups.index(case["group"])) for case in cases if case["provider"] == name]
+        if points:
+            axes.plot(*zip(*points, strict=True), "o", markersize=5, label=name)
+    axes.set(xscale="log", xlabel="GB, inputs and model included")
+    axes.legend(fontsize=8)
+    return figure
+
+
+def _lines(labels: Sequence[str], title: str) -> tuple[Figure, Any]:
+    """An empty figure with one labelled line per case."""
+    figure = Figure(figsize=(10, 0.28 * len(labels) + 1.8), dpi=100, layout="constrained")
+    figure.suptitle(title, fontsize=10)
+    axes = figure.subplots()
+    axes.set_yticks(range(len(labels)), labels, fontsize=8)
+    axes.set_ylim(len(labels) - 0.5, -0.5)
+    axes.grid(axis="x", alpha=0.3)
+    return figure, axes
