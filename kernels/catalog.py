@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from triton.runtime.jit import KernelInterface
 
-from . import bias_relu, conv_relu, lrn, lrn_max_pool, max_pool, relu_bias_grad, space_to_depth
+from . import augment, bias_relu, conv_relu, lrn, lrn_max_pool, max_pool, relu_bias_grad, space_to_depth
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 LAYOUTS = {"channels_last": torch.channels_last, "nchw": torch.contiguous_format}
@@ -176,6 +176,47 @@ class ConvEntry:
 
 
 @dataclass(frozen=True)
+class AugmentEntry:
+    """One call of `augment`: crops of 224 pixels of pictures of 256, blocks of 4 x 4 pixels if `block` is 4."""
+
+    block: int
+    dtype: str = "fp16"
+    variant: str = "paper"
+    layer: str = "pictures"
+    operation: str = "augment"
+    layout: str = "channels_last"
+    batch: int = BATCH
+
+    @property
+    def direction(self):
+        return "space_to_depth" if self.block == 4 else "channels_last"
+
+    @property
+    def name(self):
+        return "/".join((self.variant, self.layer, self.operation, self.direction, self.dtype, self.layout))
+
+    @property
+    def side(self):
+        return 57 if self.block == 4 else 224
+
+    @property
+    def image_elements(self):
+        """Elements per image of the output."""
+        return 3 * self.block**2 * self.side**2
+
+    def call(self, batch=None, device="meta"):
+        batch = batch or self.batch
+        pictures = torch.zeros(batch, 256, 256, 3, dtype=torch.uint8, device=device).permute(0, 3, 1, 2)
+        index = torch.zeros(batch, dtype=torch.int64, device=device)
+        padding = ((2, 2), (2, 2)) if self.block == 4 else ((0, 0), (0, 0))
+        ones = (1.0, 1.0, 1.0)
+        augment.augment(
+            pictures, index, index[:1], 224, ones, ones, (ones,) * 3,
+            block=self.block, padding=padding, dtype=DTYPES[self.dtype],
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
 class Launch:
     kernel: Any  # JITFunction, or the interpreter's stand-in for it
     grid: tuple
@@ -321,11 +362,17 @@ ENTRIES |= {
     for entry in [replace(base, form=form, dtype=dtype, precision=precision)]
 }
 
+ENTRIES |= {entry.name: entry for block in (1, 4) for dtype in DTYPES for entry in [AugmentEntry(block, dtype)]}
+
 
 def representative(dtype):
-    """The entries that differ, of training in channels_last: the paper's, and caffenet's for the LRN on its own."""
+    """The entries that differ, of training in channels_last: the paper's, and caffenet's for the LRN on its own.
+
+    Augmentation first, then in the order of the layers.
+    """
     wanted = [("paper", layer) for layer in ("conv1", "conv2", "conv3", "conv5", "fc6")]
-    return [
+    augmentation = [AugmentEntry(block, dtype) for block in (1, 4)]
+    return augmentation + [
         entry
         for entry in ENTRIES.values()
         if (entry.dtype, entry.layout) == (dtype, "channels_last")

@@ -71,6 +71,7 @@ def trips(launch):
     Not known: sum_partials_kernel, whose loop the compiler unrolls.  It is a hundredth of its predecessor's work.
     """
     counters = {
+        "augment_kernel": "PROGRAM_STEPS",
         "lrn_max_pool_fwd_kernel": "rows",
         "lrn_max_pool_bwd_kernel": "ROWS",
         "max_pool_fwd_packed_kernel": "per_program",

@@ -1,5 +1,6 @@
 """The operators: schema, fake, autograd, and the choice between the Triton kernel and the CPU kernel."""
 
+from fastalex.ops.augment import augment
 from fastalex.ops.conv_relu import conv2d_relu
 from fastalex.ops.conv_relu_pool import conv2d_relu_pool
 from fastalex.ops.linear import linear_relu_dropout
@@ -8,6 +9,7 @@ from fastalex.ops.lrn_max_pool import lrn_max_pool2d
 from fastalex.ops.max_pool import max_pool2d, max_pool2d_indices
 
 __all__ = [
+    "augment",
     "conv2d_relu",
     "conv2d_relu_pool",
     "linear_relu_dropout",

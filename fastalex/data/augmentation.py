@@ -1,0 +1,86 @@
+"""Augmentation of whole batches on the model's device: the 2012 paper's crops, mirror images and colours.
+
+What happens to a picture follows from a seed and the picture's number, not from the batch that it is in: any number
+of processes, a run that was resumed, the Triton kernel and PyTorch on a CPU all see the same crop of it.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastalex.backend import KERNEL_DTYPES
+from fastalex.data.preprocessing import Colours, Preprocessing
+
+Padding = tuple[tuple[int, int], tuple[int, int]]
+# Krizhevsky et al. 2012, section 4.1: "a Gaussian with mean zero and standard deviation 0.1"
+JITTER = 0.1
+
+
+def augment(
+    images: Tensor,
+    indices: Tensor,
+    seed: int | Tensor,
+    preprocessing: Preprocessing,
+    *,
+    colours: Colours | None = None,
+    jitter: float = JITTER,
+    dtype: torch.dtype = torch.float32,
+    block: int = 1,
+    padding: Padding = ((0, 0), (0, 0)),
+) -> Tensor:
+    """A random crop of each picture, mirrored half of the time, its colours changed, normalised: in one pass.
+
+    images: uint8 (N, 3, H, W), best in channels_last.  indices: int64 (N,), the pictures' numbers in their set.
+    seed: one for each epoch; a tensor of one int64 on the images' device is read by the kernel, so that a captured
+    CUDA graph draws anew when it changes.  preprocessing: crop, mean and std; its `resize` plays no part here.
+    colours: adds sum_k vectors[k] * values[k] * a_k to all pixels of a picture, with a_k ~ N(0, jitter), for pixels
+    in [0, 1]; by default nothing.  That is the paper's formula; the program that its authors published multiplied by
+    standard deviations, the roots of these eigenvalues, which is several times as much.
+
+    Returns (N, 3, crop, crop) in channels_last.  With block = 4: (N, 48, H', W'), the blocks that AlexNet's first
+    convolution takes (`padding=model.block_padding(crop, crop)`): the space-to-depth of the result with `padding`
+    ((top, bottom), (left, right)), where channel (i * 4 + j) * 3 + c is pixel (i, j) of a block.
+    dtype: float32, float16 or bfloat16, computed in float32 and rounded once.
+
+    Raises ValueError for what does not fit.
+    """
+    if images.dim() != 4 or images.shape[1] != 3 or images.dtype != torch.uint8:
+        raise ValueError(f"images must be uint8 (N, 3, H, W), got {images.dtype} {tuple(images.shape)}")
+    batch, _, height, width = images.shape
+    crop = preprocessing.crop
+    if indices.shape != (batch,) or indices.dtype != torch.int64:
+        raise ValueError(f"indices must be int64 ({batch},), got {indices.dtype} {tuple(indices.shape)}")
+    if preprocessing.channels != 3 or not 1 <= crop <= min(height, width):
+        raise ValueError(
+            f"preprocessing must have 3 channels and a crop in [1, {min(height, width)}] for pictures of "
+            f"{height}x{width}, got {preprocessing.channels} and {crop}"
+        )
+    if not 0 <= jitter < float("inf"):
+        raise ValueError(f"jitter must be a number of at least 0, got {jitter}")
+    if dtype not in KERNEL_DTYPES:
+        raise ValueError(f"dtype must be float32, float16 or bfloat16, got {dtype}")
+    (top, bottom), (left, right) = padding
+    if block not in (1, 4) or (block == 1 and any((top, bottom, left, right))):
+        raise ValueError(f"block must be 1 without padding, or 4, got {block} and {padding}")
+    rows, columns = crop + top + bottom, crop + left + right
+    if min(rows, columns) < 1 or rows % block or columns % block:
+        raise ValueError(f"padding must make the crop {crop} positive multiples of {block}, got {padding}")
+    if isinstance(seed, int):
+        if not -(2**63) <= seed < 2**63:
+            raise ValueError(f"seed must lie in [-2^63, 2^63), got {seed}")
+        seed = torch.tensor([seed], dtype=torch.int64, device=images.device)
+    elif seed.numel() != 1 or seed.dtype != torch.int64 or seed.device != images.device:
+        raise ValueError(
+            f"seed must be an integer or one int64 on {images.device}, "
+            f"got {seed.dtype} {tuple(seed.shape)} on {seed.device}"
+        )
+    axes = [0.0] * 9
+    if colours is not None:
+        axes = [jitter * v * x for v, vector in zip(colours.values, colours.vectors, strict=True) for x in vector]
+    from fastalex import ops
+
+    return ops.augment(
+        images, indices.to(images.device), seed, crop, list(preprocessing.mean), list(preprocessing.std), axes,
+        block, [top, bottom, left, right], dtype,
+    )  # fmt: skip

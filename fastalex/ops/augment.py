@@ -1,0 +1,69 @@
+"""Operator `fastalex::augment`.  No gradient: its input are bytes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastalex import backend
+from fastalex.ops.common import device_of, implementation
+
+NAME = "augment"
+
+
+def implementation_for(images: Tensor) -> Any:
+    """The kernel, or PyTorch on whatever device where it cannot run."""
+    if backend.takes_reference(NAME, images):
+        from fastalex.cpu import augment
+
+        return augment
+    return implementation(NAME, NAME, images)
+
+
+@torch.library.custom_op("fastalex::augment", mutates_args=())
+def augment(
+    images: Tensor,
+    indices: Tensor,
+    seed: Tensor,
+    size: int,
+    mean: list[float],
+    std: list[float],
+    axes: list[float],
+    block: int,
+    padding: list[int],
+    dtype: torch.dtype,
+) -> Tensor:
+    """As fastalex.kernels.augment.augment.  axes: nine numbers; padding: (top, bottom, left, right)."""
+    with device_of(images):
+        return implementation_for(images).augment(
+            images,
+            indices,
+            seed,
+            size,
+            mean,
+            std,
+            [axes[0:3], axes[3:6], axes[6:9]],
+            block=block,
+            padding=((padding[0], padding[1]), (padding[2], padding[3])),
+            dtype=dtype,
+        )
+
+
+@augment.register_fake
+def _(
+    images: Tensor,
+    indices: Tensor,
+    seed: Tensor,
+    size: int,
+    mean: list[float],
+    std: list[float],
+    axes: list[float],
+    block: int,
+    padding: list[int],
+    dtype: torch.dtype,
+) -> Tensor:
+    top, bottom, left, right = padding
+    shape = (images.shape[0], 3 * block * block, (size + top + bottom) // block, (size + left + right) // block)
+    return torch.empty(shape, dtype=dtype, device=images.device, memory_format=torch.channels_last)

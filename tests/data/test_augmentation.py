@@ -1,0 +1,121 @@
+"""Augmentation as training calls it: what it takes, that it is one operator, and what it does to pictures."""
+
+import pytest
+import torch
+
+from fastalex import backend, ops
+from fastalex.cpu.augment import draw
+from fastalex.data.augmentation import augment
+from fastalex.data.preprocessing import Colours, Preprocessing
+
+LOOKS = Preprocessing(3, 32, 28, (0.48, 0.46, 0.41), (0.23, 0.22, 0.21))
+COLOURS = Colours((0.2, 0.05, 0.01), ((0.6, 0.6, 0.52), (0.8, -0.6, 0.0), (0.0, 0.0, 1.0)))
+SEED = torch.tensor([7])
+
+
+@pytest.fixture
+def images():
+    return torch.randint(0, 256, (4, 32, 32, 3), dtype=torch.uint8).permute(0, 3, 1, 2)
+
+
+INDICES = torch.tensor([3, 14, 15, 92])
+
+
+def test_crop_mirror_image_colour(images):
+    """Each in turn by slices and flips."""
+    y = augment(images, INDICES, 7, LOOKS, colours=COLOURS)
+    assert y.is_contiguous(memory_format=torch.channels_last)
+    top, left, mirrored, normals = draw(INDICES, SEED, 32, 32, 28)
+    assert 0 < mirrored.sum() < 4
+    for i in range(4):
+        crop = images[i, :, top[i] : top[i] + 28, left[i] : left[i] + 28].double() / 255
+        if mirrored[i]:
+            crop = crop.flip(2)
+        for value, vector, a in zip(*COLOURS, normals[i].double(), strict=True):
+            crop = crop + torch.tensor(vector, dtype=torch.float64)[:, None, None] * (0.1 * value * a)
+        mean, std = (torch.tensor(v, dtype=torch.float64)[:, None, None] for v in (LOOKS.mean, LOOKS.std))
+        torch.testing.assert_close(y[i].double(), (crop - mean) / std, atol=2e-6, rtol=0)
+
+
+def test_without_colours_the_crop_is_the_training_crop(images):
+    y = augment(images, INDICES, 7, LOOKS)
+    top, left, mirrored, _ = draw(INDICES, SEED, 32, 32, 28)
+    wanted = LOOKS.normalise(images)
+    for i in range(4):
+        crop = wanted[i, :, top[i] : top[i] + 28, left[i] : left[i] + 28]
+        torch.testing.assert_close(y[i], crop.flip(2) if mirrored[i] else crop, atol=1e-6, rtol=1e-6)
+
+
+def test_blocks(images):
+    """Channel (i * 4 + j) * 3 + c of a block is pixel (i, j); the padding is zero after normalisation."""
+    plain = augment(images, INDICES, 7, LOOKS, colours=COLOURS)
+    blocks = augment(images, INDICES, 7, LOOKS, colours=COLOURS, block=4, padding=((2, 2), (2, 2)))
+    padded = torch.nn.functional.pad(plain, (2, 2, 2, 2))
+    assert blocks.shape == (4, 48, 8, 8)
+    assert blocks.is_contiguous(memory_format=torch.channels_last)
+    for i in range(4):
+        for j in range(4):
+            channel = (i * 4 + j) * 3
+            assert torch.equal(blocks[:, channel : channel + 3], padded[:, :, i::4, j::4])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("mode", ["triton", "reference"])
+def test_backends_agree(images, mode, dtype):
+    y = augment(images, INDICES, 7, LOOKS, colours=COLOURS, dtype=dtype)
+    with backend.use(mode):
+        other = augment(images, INDICES, SEED, LOOKS, colours=COLOURS, dtype=dtype)
+    assert other.stride() == y.stride()
+    step = torch.finfo(dtype).eps * y.abs() + 2e-6
+    assert ((y.double() - other.double()).abs() <= step).all()
+
+
+def test_jitter(images):
+    plain = augment(images, INDICES, 7, LOOKS)
+    assert torch.equal(augment(images, INDICES, 7, LOOKS, colours=COLOURS, jitter=0), plain)
+    shift = augment(images, INDICES, 7, LOOKS, colours=COLOURS) - plain
+    doubled = augment(images, INDICES, 7, LOOKS, colours=COLOURS, jitter=0.2) - plain
+    torch.testing.assert_close(doubled, 2 * shift, atol=2e-6, rtol=1e-5)
+    # one colour for all pixels of a picture
+    torch.testing.assert_close(shift, shift[:, :, :1, :1].expand_as(shift), atol=2e-6, rtol=0)
+
+
+def test_operator(images):
+    arguments = (images, INDICES, SEED, 28, [0.5] * 3, [0.2] * 3, [0.01] * 9)
+    for block, padding in ((1, [0] * 4), (4, [2, 2, 2, 2])):
+        torch.library.opcheck(ops.augment, (*arguments, block, padding, torch.float16))
+
+
+def test_compiled(images):
+    def step(images, indices, seed):
+        return augment(images, indices, seed, LOOKS, colours=COLOURS, dtype=torch.float16) * 2
+
+    compiled = torch.compile(step, backend="aot_eager", fullgraph=True)
+    assert torch.equal(compiled(images, INDICES, SEED), step(images, INDICES, SEED))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"images": torch.zeros(4, 3, 32, 32)}, r"images must be uint8 \(N, 3, H, W\), got torch.float32"),
+        ({"images": torch.zeros(4, 32, 32, 3, dtype=torch.uint8)}, r"got torch.uint8 \(4, 32, 32, 3\)"),
+        ({"indices": torch.arange(3)}, r"indices must be int64 \(4,\), got torch.int64 \(3,\)"),
+        ({"indices": torch.zeros(4)}, "got torch.float32"),
+        (
+            {"preprocessing": Preprocessing.for_photos(3, 33)},
+            r"a crop in \[1, 32\] for pictures of 32x32, got 3 and 33",
+        ),
+        ({"preprocessing": Preprocessing.for_photos(1, 28)}, "got 1 and 28"),
+        ({"seed": torch.tensor([1.0])}, "seed must be an integer or one int64"),
+        ({"seed": 2**63}, "seed must lie in"),
+        ({"jitter": -0.1}, "jitter must be a number of at least 0, got -0.1"),
+        ({"dtype": torch.float64}, "dtype must be float32, float16 or bfloat16"),
+        ({"block": 3}, "block must be 1 without padding, or 4, got 3"),
+        ({"padding": ((1, 0), (0, 0))}, "block must be 1 without padding"),
+        ({"block": 4, "padding": ((1, 0), (0, 0))}, "padding must make the crop 28 positive multiples of 4"),
+    ],
+)
+def test_refusals(images, changes, message):
+    arguments = {"images": images, "indices": INDICES, "seed": 1, "preprocessing": LOOKS} | changes
+    with pytest.raises(ValueError, match=message):
+        augment(**arguments)
