@@ -15,6 +15,7 @@ product needs: no form copies or repacks anything.
 The sum is fp32 in all of them and is rounded once.  Two runs give equal bits.
 """
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -432,22 +433,21 @@ FOUR_WARPS = 128 * 96
 PIPELINE_BYTES = 200 * 1024
 
 
-def heuristic(form, x, weight, pixels, groups, precision):
-    """The configuration of a form for these operands and this target; `pixels` = OH * OW."""
-    images = x.shape[0]
-    target = capability()
-    features, channels = weight.shape[0] // groups, weight.shape[1]
-    ieee = x.dtype == torch.float32 and precision == "ieee"
+@functools.lru_cache(maxsize=1024)
+def heuristic(form, images, pixels, weight_shape, groups, dtype, precision, target):
+    """The configuration of a form: `pixels` = OH * OW outputs of each image, for a `capability`."""
+    features, channels = weight_shape[0] // groups, weight_shape[1]
+    ieee = dtype == torch.float32 and precision == "ieee"
     # wgmma and tcgen05, which want 128 rows and read tiles from shared memory
     large = target in (90, 100) and not ieee
     # 128 bytes of a row, the widest swizzle; products without tensor cores reread shared memory and gain nothing
-    depth = split_tile(channels, 16 if ieee else 128 // x.element_size())
+    depth = split_tile(channels, 16 if ieee else 128 // dtype.itemsize)
 
     if form in ("batch_tiled", "descriptors"):
         # powers of two: what is compiled does not follow every batch
         rows = min(128, max(128 if large else 16, triton.next_power_of_2(images)))
         # L2 to shared memory, bytes per multiply-add: 256 x 128 needs 3/4 of 128 x 128, and 256 x 192 7/12
-        if large and x.element_size() == 2 and triton.cdiv(images, 256) * 2 <= triton.cdiv(images, 128):
+        if large and dtype.itemsize == 2 and triton.cdiv(images, 256) * 2 <= triton.cdiv(images, 128):
             rows = 256
         columns = (128, 64) if large and features % 192 == 0 else split_tile(features, 128)
         if ieee and form == "descriptors":
@@ -456,19 +456,19 @@ def heuristic(form, x, weight, pixels, groups, precision):
         # AMD has 64 KB of shared memory
         stages = 3 if target else 2
         if form == "descriptors" and target == 90:
-            stages = min(4, PIPELINE_BYTES // ((rows + sum(columns)) * sum(depth) * x.element_size()))
+            stages = min(4, PIPELINE_BYTES // ((rows + sum(columns)) * sum(depth) * dtype.itemsize))
         warps = 4 if rows * sum(columns) <= FOUR_WARPS else 8
-        return Config(rows, columns, depth, warps, stages, form == "descriptors" and target == 100 and large)
+        return Config(rows, columns, depth, warps, stages, form == "descriptors" and target == 100)
 
     rows = 128
     # 64 x 64 makes four programs of one and needs twice the bytes from L2 per multiply-add
-    if form == "split_k" or images * pixels * weight.shape[0] < 128 * 128 * ENOUGH_PROGRAMS // 2:
+    if form == "split_k" or images * pixels * weight_shape[0] < 128 * 128 * ENOUGH_PROGRAMS // 2:
         rows = 64
     columns = split_tile(features, rows)
     parts = 1
     if form == "split_k":
         programs = triton.cdiv(images * pixels, rows) * triton.cdiv(features, sum(columns)) * groups
-        steps = weight[0, 0].numel() * triton.cdiv(channels, sum(depth))
+        steps = weight_shape[2] * weight_shape[3] * triton.cdiv(channels, sum(depth))
         parts = max(1, min(triton.cdiv(ENOUGH_PROGRAMS, programs), steps // MIN_STEPS))
         # as many as there are, none empty
         parts = triton.cdiv(steps, triton.cdiv(steps, parts))
@@ -542,6 +542,19 @@ def check(x, weight, bias, stride, padding, dilation, groups, form, precision):
         )
 
 
+def descriptors(tensor, heights, widths):
+    """Of a channels-last tensor as a matrix with one row per item of its first dimension, for blocks of each height
+    and width; None where one is 0."""
+    length = tensor.shape[1] * tensor.shape[2] * tensor.shape[3]
+    shape, strides = [tensor.shape[0], length], [length, 1]
+    matrix = tensor.as_strided(shape, strides)
+    return [
+        TensorDescriptor(matrix, shape, strides, [height, width]) if height and width else None
+        for height in heights
+        for width in widths
+    ]
+
+
 def conv_relu(
     x,
     weight,
@@ -581,7 +594,8 @@ def conv_relu(
     y = torch.empty((n, k, oh, ow), dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
     if y.numel() == 0:
         return y
-    config = config or heuristic(form, x, weight, oh * ow, groups, precision)
+    if config is None:
+        config = heuristic(form, n, oh * ow, tuple(weight.shape), groups, x.dtype, precision, capability())
     column_tiles = groups * triton.cdiv(k // groups, sum(config.columns))
     constants = {
         "CHANNELS": channels,
@@ -611,19 +625,11 @@ def conv_relu(
         conv_relu_batch_kernel[grid](x, weight, bias, y, n, h, w, oh, ow, h * w * xc, oh * ow * k, **constants)
     elif form == "descriptors":
         grid = (column_tiles * oh * ow * triton.cdiv(n, config.rows),)
-
-        def matrix(tensor, rows, columns):
-            """Descriptor of a channels-last tensor as a matrix with one row per item of its first dimension."""
-            if rows == 0 or columns == 0:
-                return None
-            flat = tensor.permute(0, 2, 3, 1).reshape(tensor.shape[0], -1)
-            return TensorDescriptor(flat, list(flat.shape), [flat.shape[1], 1], [rows, columns])
-
         conv_relu_descriptor_kernel[grid](
-            *(matrix(x, config.rows, depth) for depth in config.depth),
-            *(matrix(weight, columns, depth) for columns in config.columns for depth in config.depth),
+            *descriptors(x, (config.rows,), config.depth),
+            *descriptors(weight, config.columns, config.depth),
             bias,
-            *(matrix(y, config.rows, columns) for columns in config.columns),
+            *descriptors(y, (config.rows,), config.columns),
             h, w, oh, ow, **constants, WARP_SPECIALIZE=config.warp_specialize,
         )  # fmt: skip
     else:

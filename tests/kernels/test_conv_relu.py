@@ -241,7 +241,11 @@ def test_every_sector_once(form):
         y = conv_relu(x, weight, bias, (1, 1), ONES, (1, 1), 2, form=form)
     read, written = (sum(launch[i] for launch in counted) for i in (1, 2))
     parts = sum(launch[2] for launch in counted[:-1])
-    assert parts == (4 * y.numel() * module.heuristic(form, x, weight, 12, 2, "ieee").parts if len(counted) == 2 else 0)
+    assert parts == (
+        4 * y.numel() * module.heuristic(form, 3, 12, tuple(weight.shape), 2, HALF, "ieee", 80).parts
+        if len(counted) == 2
+        else 0
+    )
     assert read == 2 * (x.numel() + weight.numel() + bias.numel()) + parts
     assert written == 2 * y.numel() + parts
 
