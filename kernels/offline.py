@@ -4,12 +4,14 @@
 
 Every launch is compiled as at a launch, through Triton's own `run`, with a driver that only names the target, and its
 machine code is read: registers, spills, shared memory, widths of global accesses, instructions per element.  Compilers
-run in processes of their own: one that crashes costs its own entry.  Results are cached per user, keyed by the source
-of the kernels, the versions of Triton and PyTorch, target and entry.
+run in processes of their own: one that crashes costs its own entry.  Results are cached per user, keyed by entry and
+target, the modules that the entry's operation imports, and the versions of Triton and PyTorch.
 """
 
 import contextlib
+import functools
 import hashlib
+import inspect
 import json
 import os
 import queue
@@ -320,12 +322,50 @@ def kind_of(target):
     return target if target in ("gfx942", "traffic") else "nvidia"
 
 
+@functools.cache
+def text_of(module):
+    """The source of a module of this folder."""
+    return Path(__file__).with_name(f"{module}.py").read_text()
+
+
+@functools.cache
+def imported(module):
+    """The modules of this folder that one of them imports, itself and the imports of imports included."""
+    found, waiting = set(), [module]
+    while waiting:
+        name = waiting.pop()
+        if name not in found:
+            found.add(name)
+            text = text_of(name)
+            waiting += re.findall(r"^from \.(\w+) import", text, re.MULTILINE)
+            for names in re.findall(r"^from \. import ([\w, ]+)$", text, re.MULTILINE):
+                waiting += names.split(", ")
+    return found
+
+
+def sources(name, target):
+    """What the result of (entry, target) depends on in this folder, as text."""
+    from . import catalog
+
+    entry = catalog.ENTRIES.get(name)
+    if entry is None:
+        return ""
+    # what a fused backward pass launches after its own kernel is in relu_bias_grad
+    modules = {"offline"} | imported(entry.operation) | imported("relu_bias_grad")
+    if target == "traffic":
+        modules.add("traffic")
+    parts = [repr(entry), str(catalog.BATCH), class_source(type(entry)), *map(text_of, sorted(modules))]
+    return "".join(parts)
+
+
+class_source = functools.cache(inspect.getsource)
+
+
 def cache_file(name, target):
     """Where the result of (entry, target) lies, by everything that it depends on."""
     root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastalex" / "kernels"
     key = hashlib.sha256(f"{triton.__version__} {torch.__version__} {name} {target}".encode())
-    for source in sorted(Path(__file__).parent.glob("*.py")):
-        key.update(source.read_bytes())
+    key.update(sources(name, target).encode())
     return root / f"{key.hexdigest()}.json"
 
 

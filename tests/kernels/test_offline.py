@@ -316,6 +316,17 @@ for line in sys.stdin:
     assert "code 4" in offline.results(requests[1:2])["bad", "sm_90"]["error"]
 
 
+def test_results_are_kept_while_what_they_depend_on_stays():
+    name = "paper/conv5/max_pool/backward/fp16/channels_last"
+    text = offline.sources(name, "sm_90")
+    for part in ("def max_pool_bwd(", "def one_hot(", "def sum_partials_kernel(", "def measured_cubin(", "direction="):
+        assert part in text
+    assert "def lrn_max_pool_bwd(" not in text
+    assert "def lrn_max_pool_bwd(" in offline.sources("paper/conv2/lrn_max_pool/backward/fp16/channels_last", "sm_90")
+    assert "class Sectors" not in text
+    assert "class Sectors" in offline.sources(name, "traffic")
+
+
 def test_unknown_entries_are_errors(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     found = offline.results([("paper/conv9", "sm_90")])
