@@ -358,7 +358,9 @@ def sources(name, target):
     return "".join(parts)
 
 
-class_source = functools.cache(inspect.getsource)
+@functools.cache
+def class_source(kind):
+    return inspect.getsource(kind)
 
 
 def cache_file(name, target):
