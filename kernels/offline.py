@@ -354,13 +354,16 @@ def sources(name, target):
     modules = {"offline"} | imported(entry.operation) | imported("relu_bias_grad")
     if target == "traffic":
         modules.add("traffic")
-    parts = [repr(entry), str(catalog.BATCH), class_source(type(entry)), *map(text_of, sorted(modules))]
+    parts = [repr(entry), str(catalog.BATCH), class_source(type(entry).__name__), *map(text_of, sorted(modules))]
     return "".join(parts)
 
 
 @functools.cache
-def class_source(kind):
-    return inspect.getsource(kind)
+def class_source(name):
+    """The source of a class of the catalogue."""
+    from . import catalog
+
+    return inspect.getsource(getattr(catalog, name))
 
 
 def cache_file(name, target):
