@@ -2,9 +2,11 @@
 
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -213,3 +215,35 @@ def test_resume_refuses_what_it_cannot_continue(whole, tmp_path):
     torch.save({"step": 3}, tmp_path / STATE)
     with pytest.raises(ValueError, match="another version of fastalex"):
         run(tmp_path, resume=True)
+
+
+@pytest.mark.slow
+def test_the_papers_recipe_on_the_demo_set_survives_kills(tmp_path):
+    """The command line as a user starts it, again and again, on the real pictures that ship with fastalex."""
+    pytest.importorskip("tyro")
+    root = HERE.parent.parent
+
+    def start(name):
+        recipe = ["--recipe", "paper", "--variant", "demo", "--epochs", "2", "--device", "cpu", "--save-steps", "5"]
+        command = [sys.executable, "-m", "fastalex", "train", *recipe, "--resume", "--out", tmp_path / name]
+        return subprocess.Popen(command, cwd=root, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+    def finish(process):
+        output, _ = process.communicate(timeout=600)
+        assert process.returncode == 0, output
+
+    finish(start("whole"))
+    choose = random.Random(1)
+    state = tmp_path / "killed" / STATE
+    for _ in range(4):
+        process = start("killed")
+        before = state.stat().st_mtime_ns if state.exists() else 0
+        while not state.exists() or state.stat().st_mtime_ns == before:
+            assert process.poll() is None, process.communicate()
+            time.sleep(0.05)
+        time.sleep(choose.uniform(0, 1.5))
+        process.kill()
+        process.wait()
+    finish(start("killed"))
+    same_weights(tmp_path / "whole", tmp_path / "killed")
+    assert metrics(tmp_path / "whole") == metrics(tmp_path / "killed")
