@@ -535,7 +535,7 @@ def check(x, weight, bias, stride, padding, dilation, groups, form, precision):
         if min(values) < least:
             raise ValueError(f"{name} must be {least} or more, got {values}")
     out = output_size(x.shape[2:], weight.shape[2:], stride, padding, dilation)
-    if min(out) < 1:
+    if min(*out, *x.shape[2:]) < 1:
         raise ValueError(
             f"x must be at least as large as the window of the {tuple(weight.shape[2:])} kernel with dilation "
             f"{dilation}, got {tuple(x.shape[2:])} and padding {padding}"

@@ -290,6 +290,7 @@ def meta(shape, dtype=HALF):
         ({"dilation": (0, 1)}, r"dilation must be 1 or more, got \(0, 1\)"),
         ({"padding": ((0, 0), (0, -1))}, r"padding must be 0 or more, got \(0, 0, 0, -1\)"),
         ({"dilation": (2, 1)}, r"x must be at least as large as the window .*got \(4, 4\)"),
+        ({"x": meta((2, 16, 0, 4)), "padding": ((2, 2), (0, 0))}, r"x must be at least .*got \(0, 4\)"),
         ({"x": meta((2, 16, 70000, 2000))}, r"form 'batch_tiled' .*2\*\*31"),
     ],
 )
