@@ -396,8 +396,10 @@ def sum_parts_kernel(
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = i < count
     total = tl.load(parts_ptr + i, mask=inside, other=0.0)
-    for part in tl.static_range(1, PARTS):
-        total += tl.load(parts_ptr + part * count.to(tl.int64) + i, mask=inside, other=0.0)
+    at = i
+    for _ in tl.static_range(1, PARTS):
+        at += count
+        total += tl.load(parts_ptr + at, mask=inside, other=0.0)
     if bias_ptr is not None:
         total += tl.load(bias_ptr + i % FEATURES, mask=inside, other=0.0).to(tl.float32)
     if RELU:
@@ -615,7 +617,7 @@ def conv_relu(
         "DEPTH": config.depth[0],
         "DEPTH_B": config.depth[1],
         "RELU": relu,
-        "PRECISION": precision,
+        "PRECISION": precision if x.dtype == torch.float32 else "ieee",
         "WIDEN": interpreting() and x.dtype == torch.bfloat16,
         "num_warps": config.num_warps,
         "num_stages": config.num_stages,
