@@ -550,7 +550,8 @@ def _branches(code: types.CodeType) -> bool:
 
 
 def _only_called(cls: type, children: set[str]) -> set[str]:
-    """Those of the children that the source of the class mentions only in calls of them, `self.child(...)`."""
+    """Those of the children that the source of the class mentions only to call them: `self.child(...)`, or
+    `self.child.forward(...)` as LPIPS does."""
     wholesale = {"modules", "children", "named_modules", "named_children", "_modules", "get_submodule", "__dict__"}
     mentioned: set[str] = set()
     for base in cls.__mro__[: cls.__mro__.index(nn.Module)]:
@@ -561,6 +562,7 @@ def _only_called(cls: type, children: set[str]) -> set[str]:
         body = [n for n in tree.body[0].body if getattr(n, "name", None) != "__init__"]  # type: ignore[attr-defined]
         nodes = [node for statement in body for node in ast.walk(statement)]
         called = {node.func for node in nodes if isinstance(node, ast.Call)}
+        called |= {node.value for node in called if isinstance(node, ast.Attribute) and node.attr == "forward"}
         called |= {  # comparing with None is harmless
             node.left for node in nodes if isinstance(node, ast.Compare) and isinstance(node.ops[0], ast.Is | ast.IsNot)
         }

@@ -5,6 +5,7 @@ import inspect
 import io
 import itertools
 import pickle
+from collections import namedtuple
 
 import pytest
 import torch
@@ -263,6 +264,80 @@ def test_a_slice_that_ends_before_the_relu_is_not():
     assert type(fused.features[1]) is nn.ReLU
     assert type(fused.features[3]) is ConvReLU2d
     assert_same(model, fused, torch.randn(X))
+
+
+class LPIPS(nn.Module):
+    """lpips.LPIPS(net="alex") as that package writes it: slices of torchvision's features called by way of
+    `self.net.forward`, an argument that branches, linear layers kept twice."""
+
+    def __init__(self):
+        super().__init__()
+        features = pytest.importorskip("torchvision.models").alexnet().features
+        self.net = LPIPSTrunk(features)
+        self.lin0, self.lin1, self.lin2, self.lin3, self.lin4 = (
+            nn.Sequential(nn.Dropout(), nn.Conv2d(channels, 1, 1, bias=False)) for channels in (64, 192, 384, 256, 256)
+        )
+        self.lins = nn.ModuleList([self.lin0, self.lin1, self.lin2, self.lin3, self.lin4])
+
+    def forward(self, in0, in1, retPerLayer=False, normalize=False):
+        if normalize:
+            in0, in1 = 2 * in0 - 1, 2 * in1 - 1
+        outs0, outs1 = self.net.forward(in0), self.net.forward(in1)
+        diffs = [
+            (a / (a.square().sum(1, True).sqrt() + 1e-10) - b / (b.square().sum(1, True).sqrt() + 1e-10)) ** 2
+            for a, b in zip(outs0, outs1, strict=True)
+        ]
+        res = [self.lins[kk](diffs[kk]).mean((2, 3), True) for kk in range(len(self.lins))]
+        return (sum(res), res) if retPerLayer else sum(res)
+
+
+class LPIPSTrunk(nn.Module):
+    def __init__(self, features):
+        super().__init__()
+        for i, (start, stop) in enumerate(itertools.pairwise((0, 2, 5, 8, 10, 12))):
+            setattr(self, f"slice{i + 1}", nn.Sequential())
+            for x in range(start, stop):
+                getattr(self, f"slice{i + 1}").add_module(str(x), features[x])
+        for param in self.parameters():
+            param.requires_grad = False
+
+    def forward(self, X):
+        h = self.slice1(X)
+        h_relu1 = h
+        h = self.slice2(h)
+        h_relu2 = h
+        h = self.slice3(h)
+        h_relu3 = h
+        h = self.slice4(h)
+        h_relu4 = h
+        h = self.slice5(h)
+        alexnet_outputs = namedtuple("AlexnetOutputs", ["relu1", "relu2", "relu3", "relu4", "relu5"])
+        return alexnet_outputs(h_relu1, h_relu2, h_relu3, h_relu4, h)
+
+
+LPIPS_REPORT = [
+    "net.slice1.0 (Conv2d) + net.slice1.1 (ReLU) -> fastalex.nn.ConvReLU2d",
+    "net.slice5.10 (Conv2d) + net.slice5.11 (ReLU) -> fastalex.nn.ConvReLU2d",
+    "net.slice2.2 (MaxPool2d) -> fastalex.nn.MaxPool2d",
+]
+
+
+def check_lpips(model):
+    fused = fused_copy(model, *LPIPS_REPORT)
+    assert layers(fused).count(ConvReLU2d) == 5
+    x, y = torch.rand(2, 1, 3, 64, 64, dtype=torch.float64).requires_grad_()
+    distances = [m(x, y, normalize=True) for m in (model, fused)]
+    torch.testing.assert_close(*distances, rtol=1e-9, atol=0)
+    torch.testing.assert_close(*(torch.autograd.grad(d.sum(), x)[0] for d in distances), rtol=1e-6, atol=1e-12)
+
+
+def test_lpips():
+    check_lpips(LPIPS().double().eval())
+
+
+def test_lpips_from_its_package():
+    lpips = pytest.importorskip("lpips")
+    check_lpips(lpips.LPIPS(net="alex", pretrained=False, pnet_rand=True, verbose=False).double())
 
 
 class SharedReLU(nn.Module):
