@@ -33,11 +33,12 @@ def one_weird_trick(model: nn.Module, mesh: DeviceMesh) -> nn.Module:
     `backward` every gradient is that of the mean over all processes, as with DistributedDataParallel.
 
     Each hidden layer gathers its input and computes its share of the output features; the last layer computes its
-    share of the sums and scatters the logits.  The parameters of the classifier become DTensors: give those and the
-    plain ones of `features` to the optimizer as two parameter groups, of which only the latter can be `fused`.
+    share of the sums and scatters the logits.  The parameters of the classifier become DTensors: give them and the
+    plain ones of `features` to the optimizer as two parameter groups; only the group of `features` can be `fused`.
     `torch.distributed.checkpoint.state_dict.get_model_state_dict` gives the names and, with `full_state_dict=True`,
-    the tensors of the model that was passed in.  Processes must seed their random numbers differently, else the
-    dropout masks of their shares are equal.
+    the tensors of the model that was passed in.  torch.amp.GradScaler and clip_grad_norm_ take plain tensors or
+    DTensors, not a mixture: prefer bfloat16 to float16, and clip the two parts apart.  Processes must seed their
+    random numbers differently, else the dropout masks of their shares are equal.
 
     model: an AlexNet, torchvision's included, or any other with a `features` module and a Sequential `classifier` of
         two linear layers or more with only elementwise modules between them.

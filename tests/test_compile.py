@@ -45,6 +45,20 @@ def test_the_short_way_is_the_registered_operator(name):
         assert torch.equal(function(*tensors), short[0])
 
 
+class Labelled(torch.Tensor):
+    """A subclass that counts on __torch_function__ to come back."""
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_subclasses_and_meta_tensors_see_the_operator(name):
+    function, _ = CALLS[name]
+    first, *rest = inputs(name)
+    output = function(first.as_subclass(Labelled), *rest)
+    assert type(output) is Labelled
+    assert torch.equal(output.as_subclass(torch.Tensor), function(first, *rest))
+    assert function(*(t.to("meta") for t in (first, *rest))).shape == output.shape
+
+
 @pytest.mark.parametrize("name", CALLS)
 def test_the_short_way_refuses_a_second_derivative(name):
     function, _ = CALLS[name]
