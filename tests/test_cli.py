@@ -146,6 +146,16 @@ def test_resume_of_a_finished_run_keeps_it(trained, capsys):
     assert (trained / "metrics.jsonl").read_text() == before
 
 
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [("--accumulate", "0"), ("--save-steps", "0"), ("--lr", "-1"), ("--epochs", "0"), ("--batch-size", "0")],
+)
+def test_senseless_numbers(option, value, capsys, tmp_path):
+    message = error_of(capsys, "train", option, value, "--out", str(tmp_path), "--device", "cpu")
+    assert option.removeprefix("--").replace("-", "_") in message
+    assert value in message
+
+
 def test_missing_picture(trained, capsys):
     weights = str(trained / "model.safetensors")
     assert "no such file: nothing.jpg" in error_of(capsys, "predict", "nothing.jpg", "--weights", weights)

@@ -1,10 +1,11 @@
 """The training loop, in plain PyTorch, for one process or many.
 
-A batch is cut into pieces, one for each process (and, with gradient accumulation, several).  Before each piece the
-random generators start from a seed made of the recipe's seed, the step and the piece, which fixes crops, colours and
-dropout; the order of the pictures comes from the seed and the epoch.  So nothing random needs saving: any step is a
-complete restart point, a run that was killed and resumed ends with the same weights as one that was not, and N
-processes compute what one process computes that accumulates N pieces, up to rounding.
+The order of the pictures follows from the recipe's seed and the epoch, the crop and colours of a picture from these and
+its number.  A batch is cut into pieces, one for each process (and, with gradient accumulation, several); before each
+piece the random generators start from a seed made of the recipe's, the step and the piece, which fixes the dropout.
+So nothing random needs saving: any step is a complete restart point, a run that was killed and resumed ends with the
+same weights as one that was not, and N processes compute what one process computes that accumulates N pieces, up to
+rounding.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from fastalex import distributed
 from fastalex.alexnet import AlexNet
 from fastalex.checkpoint import MODEL, STATE, ModelCard, load_state, save_state, save_weights
+from fastalex.data.augmentation import augment
 from fastalex.data.image_sets import ImageSet
 from fastalex.evaluation.metrics import Scores, evaluate
 from fastalex.files import write_whole
@@ -194,9 +196,9 @@ class Run:
         self.model.train()
         self.mark = time.perf_counter()
         pictures = iter(self.data.batches("train", [indices for indices, _ in pieces]))
-        counts = iter([count for _, count in pieces])
+        work = iter(pieces)
         for batch in batches[done:]:
-            self.take_step(pictures, counts, len(batch))
+            self.take_step(pictures, work, len(batch))
             self.watcher.batch_done(len(batch))
             now = time.perf_counter()
             self.seconds += now - self.mark
@@ -214,7 +216,9 @@ class Run:
         order = self.data.order("train", self.recipe.seed, epoch)
         return list(order.split(self.recipe.batch_size)[: self.steps_per_epoch])
 
-    def take_step(self, pictures: Iterator[tuple[Tensor, Tensor]], counts: Iterator[int], batch_size: int) -> None:
+    def take_step(
+        self, pictures: Iterator[tuple[Tensor, Tensor]], work: Iterator[tuple[Tensor, int]], batch_size: int
+    ) -> None:
         recipe, device = self.recipe, self.device
         amp = AMP_DTYPES[recipe.amp]
         self.rate = rate_at(recipe, self.step, self.steps_per_epoch, [1 - line["top1"] for line in self.history])
@@ -224,9 +228,10 @@ class Run:
         for i in range(self.options.accumulate):
             images, labels = self.fetch(pictures)
             torch.manual_seed(seed_of(recipe.seed, "step", self.step, self.rank * self.options.accumulate + i))
-            images = self.data.preprocessing.for_training(images.to(device, non_blocking=True))
+            indices, counting = next(work)
+            images = self.augmented(images.to(device, non_blocking=True), indices)
             labels = labels.to(device, non_blocking=True)
-            if (counting := next(counts)) < len(labels):
+            if counting < len(labels):
                 labels = torch.where(torch.arange(len(labels), device=device) < counting, labels, IGNORED)
             with self.gradients_stay_here(i < self.options.accumulate - 1):
                 with torch.autocast(device.type, amp, enabled=amp is not None):
@@ -241,6 +246,15 @@ class Run:
         # summed on the device: reading it here would make the host wait for every step
         self.loss += total
         self.step += 1
+
+    def augmented(self, images: Tensor, indices: Tensor) -> Tensor:
+        """uint8 (N, C, H, W) -> the model's input (N, C, crop, crop), another for each picture in each epoch."""
+        looks, recipe = self.data.preprocessing, self.recipe
+        if looks.channels != 3:
+            return looks.for_training(images)
+        seed = seed_of(recipe.seed, "pictures", self.step // self.steps_per_epoch)
+        colours = getattr(self.data, "colours", None) if recipe.colours else None
+        return augment(images, indices, seed, looks, colours=colours, dtype=AMP_DTYPES[recipe.amp] or torch.float32)
 
     def gradients_stay_here(self, wanted: bool) -> contextlib.AbstractContextManager[Any]:
         if wanted and isinstance(self.forward, nn.parallel.DistributedDataParallel):
@@ -432,7 +446,8 @@ def prepare(model: AlexNet, data: ImageSet, recipe: Recipe, options: Options, de
     elif graphs and options.accumulate == 1:  # a second replay would overwrite the first one's gradients
         crop, amp = data.preprocessing.crop, AMP_DTYPES[recipe.amp]
         pictures = recipe.batch_size // distributed.size()
-        sample = torch.zeros(pictures, data.preprocessing.channels, crop, crop, device=device)
+        shape = (pictures, data.preprocessing.channels, crop, crop)
+        sample = torch.empty(shape, dtype=amp, device=device, memory_format=torch.channels_last).zero_()
         model.train()
         with torch.autocast(device.type, amp, enabled=amp is not None, cache_enabled=False):
             forward = cast(nn.Module, torch.cuda.make_graphed_callables(model, (sample,)))

@@ -26,6 +26,8 @@ class Recipe:
         v = m v + g + wd w, w -= lr v.  The two differ only in the first steps after the rate changes.
     trust: LARS's coefficient (You et al. 2017), which makes each layer's rate proportional to its weights' norm over
         its gradient's; None for the same rate everywhere.
+    colours: the 2012 paper's change of each picture's colours along the principal components of all pixels, for sets
+        that know them (`fastalex pack`'s).
     drop_last: leave out an epoch's last batch if it is not full.
     cuda_graphs: on a GPU, replay the forward and backward pass from a CUDA graph.  Needs `drop_last`.
     amp: automatic mixed precision: bf16, or fp16 with loss scaling.
@@ -47,6 +49,7 @@ class Recipe:
     lr_in_velocity: bool = False
     trust: float | None = None
     label_smoothing: float = 0.0
+    colours: bool = False
     drop_last: bool = False
     cuda_graphs: bool = False
     amp: Literal["off", "bf16", "fp16"] = "off"
@@ -111,7 +114,7 @@ def demo_variant(channels: int = 1) -> Variant:
 DEMO_RECIPE = Recipe(demo_variant(), epochs=24, batch_size=50, lr=0.025, schedule="one-cycle", dropout=0.3)
 
 # Krizhevsky et al. 2012, section 5: about 90 epochs, the rate divided three times.
-PAPER_RECIPE = Recipe(PAPER, epochs=90, batch_size=128, lr=0.01, schedule="plateau", lr_in_velocity=True)
+PAPER_RECIPE = Recipe(PAPER, epochs=90, batch_size=128, lr=0.01, schedule="plateau", lr_in_velocity=True, colours=True)
 
 # BVLC/caffe, models/bvlc_alexnet/{solver,train_val}.prototxt: 450,000 steps of 256 pictures, the rate divided every
 # 100,000; biases with twice the rate and no decay.
@@ -144,6 +147,7 @@ FAST_RECIPE = Recipe(
     warmup_epochs=5,
     bias_decay=False,
     trust=0.001,
+    colours=True,
     drop_last=True,
     cuda_graphs=True,
     amp="bf16",

@@ -235,15 +235,21 @@ def test_the_papers_recipe_on_the_demo_set_survives_kills(tmp_path):
     finish(start("whole"))
     choose = random.Random(1)
     state = tmp_path / "killed" / STATE
-    for _ in range(4):
+    for last in (False, False, False, True):
         process = start("killed")
         before = state.stat().st_mtime_ns if state.exists() else 0
         while not state.exists() or state.stat().st_mtime_ns == before:
             assert process.poll() is None, process.communicate()
             time.sleep(0.05)
         time.sleep(choose.uniform(0, 1.5))
-        process.kill()
-        process.wait()
+        if last:
+            process.terminate()
+            output, _ = process.communicate(timeout=60)
+            assert process.returncode == 128 + signal.SIGTERM, output
+            assert "stopped by SIGTERM; the same command with --resume goes on" in " ".join(output.split())
+        else:
+            process.kill()
+            process.wait()
     finish(start("killed"))
     same_weights(tmp_path / "whole", tmp_path / "killed")
     assert metrics(tmp_path / "whole") == metrics(tmp_path / "killed")

@@ -11,7 +11,9 @@ from small_runs import RECIPE, Pictures, changed, run, without_timings
 
 from fastalex import AlexNet, alexnet, checkpoint
 from fastalex.checkpoint import MODEL, PREVIOUS_STATE, STATE
+from fastalex.data.augmentation import augment
 from fastalex.data.image_sets import FashionMNIST
+from fastalex.data.preprocessing import Colours
 from fastalex.evaluation.metrics import evaluate, in_top
 from fastalex.files import replacing
 from fastalex.training import loop
@@ -83,24 +85,65 @@ def test_it_learns(tmp_path):
     assert history[-1]["top1"] == 1
 
 
-def test_accumulation_changes_nothing_but_the_random_numbers(tmp_path, monkeypatch):
-    """In float64, without dropout, with crops and mirror images that do not depend on the piece."""
-    monkeypatch.setattr(type(Pictures.preprocessing), "for_training", type(Pictures.preprocessing).for_evaluation)
-    recipe = changed(dropout=0.0)
-    one, _ = run(tmp_path / "one", recipe, wide=True)
-    three, _ = run(tmp_path / "three", recipe, wide=True, accumulate=3)
+def test_accumulation_changes_nothing_without_dropout(tmp_path):
+    """In float64.  Crops, mirror images and colours belong to the picture, not to the piece."""
+    recipe = changed(dropout=0.0, colours=True)
+    one, _ = run(tmp_path / "one", recipe, data=Coloured(), wide=True)
+    three, _ = run(tmp_path / "three", recipe, data=Coloured(), wide=True, accumulate=3)
     for first, second in zip(one.parameters(), three.parameters(), strict=True):
-        torch.testing.assert_close(first, second, rtol=1e-9, atol=1e-11)
+        torch.testing.assert_close(first, second, rtol=0, atol=1e-11)
 
 
-def test_pieces_draw_different_random_numbers(tmp_path, monkeypatch):
+class Coloured(Pictures):
+    colours = Colours((0.1, 0.02, 0.01), ((0.6, 0.8, 0.0), (-0.8, 0.6, 0.0), (0.0, 0.0, 1.0)))
+
+
+def test_inputs_change_from_epoch_to_epoch_and_with_the_recipe(tmp_path, monkeypatch):
+    inputs = []
+
+    def record(*arguments, **options):
+        inputs.append((arguments[1], augment(*arguments, **options)))
+        return inputs[-1][1]
+
+    monkeypatch.setattr(loop, "augment", record)
+
+    def seen(**recipe):
+        """The inputs of each epoch, in the order of the pictures' numbers."""
+        inputs.clear()
+        run(tmp_path, changed(epochs=2, **recipe), data=Coloured())
+        epochs = []
+        for part in (inputs[:4], inputs[4:]):
+            order = torch.cat([indices for indices, _ in part])
+            epochs.append(torch.cat([images for _, images in part])[order.argsort()])
+        return epochs
+
+    first, second = seen()
+    assert first.shape == (70, 3, 16, 16)
+    assert (first != second).flatten(1).any(1).float().mean() > 0.9
+    again = seen()
+    assert torch.equal(again[0], first)
+    assert torch.equal(again[1], second)
+    assert not torch.equal(seen(seed=1)[0], first)
+    coloured = seen(colours=True)[0] - first
+    # one shift for all pixels of a picture, and another for the next
+    assert coloured.flatten(2).std(2).max() < 1e-5
+    assert coloured[:, 0, 0, 0].std() > 0.01
+    assert seen(amp="bf16")[0].dtype == torch.bfloat16
+
+
+def test_pieces_draw_different_dropout(tmp_path):
     drawn = []
-    monkeypatch.setattr(
-        type(Pictures.preprocessing),
-        "for_training",
-        lambda self, images: (drawn.append(torch.rand(1).item()), self.for_evaluation(images))[1],
-    )
-    run(tmp_path, changed(epochs=2), accumulate=2)
+
+    forward = AlexNet.forward
+
+    def recording(self, input):
+        if self.training:
+            drawn.append(torch.rand(1).item())
+        return forward(self, input)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(AlexNet, "forward", recording)
+        run(tmp_path, changed(epochs=2), accumulate=2)
     assert len(set(drawn)) == len(drawn) == 2 * 4 * 2
     seeds = {
         loop.seed_of(seed, "step", step, piece) & 0xFFFFFFFF
