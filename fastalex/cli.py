@@ -1,4 +1,4 @@
-"""The command line: `fastalex demo | pack | verify | train | eval | predict | describe | inspect | bench | tune`.
+"""The command line: `fastalex demo | pack | verify | train | eval | predict | visualize | experiment | ...`.
 
 `python -m fastalex` is the same program.
 
@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from json import dumps
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn, Union
 
 if TYPE_CHECKING:
     import torch
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 EXTRAS = ("PIL", "matplotlib", "rich", "safetensors", "torchvision", "tyro")
 DEMO_MODEL = Path("runs/demo/model.safetensors")
 PUBLISHED = "IMAGENET1K_V1"
+VISUALIZED = Path("runs/visualize")
 
 
 def fail(message: object) -> NoReturn:
@@ -462,6 +463,154 @@ def bench(
     print(kept.markdown(result))
 
 
+def visualize_filters(weights: str = PUBLISHED, out: Path = VISUALIZED) -> None:
+    """Draw the filters of the first convolution: filters.png, and filters.html, a page that opens offline.
+
+    Args:
+        weights: IMAGENET1K_V1 for torchvision's published weights, or a file, as for `fastalex predict`.
+        out: Folder for the results.
+    """
+    from fastalex.evaluation.classifier import load_classifier
+    from fastalex.visualize import commands
+
+    tell_written(commands.filters(*load_classifier(weights), out))
+
+
+def visualize_activations(
+    images: Annotated[tuple[Path, ...], tyro.conf.Positional] = (),
+    layer: str = "conv1",
+    weights: str = PUBLISHED,
+    out: Path = VISUALIZED,
+    device: str | None = None,
+) -> None:
+    """Draw what a layer answers to pictures: a PNG file for each of them, and a page with all that opens offline.
+
+    Args:
+        images: Picture files; by default four photos that come with scikit-image.
+        layer: conv1, pool1, conv2, ..., fc6, fc7, fc8, or the path of a module, such as features.0.
+        weights: IMAGENET1K_V1 for torchvision's published weights, or a file, as for `fastalex predict`.
+        out: Folder for the results.
+        device: cpu, cuda, cuda:1, ...; by default a GPU if there is one.
+    """
+    from fastalex.data.photos import default_photos
+    from fastalex.evaluation.classifier import load_classifier
+    from fastalex.visualize import commands
+
+    paths = images or default_photos()
+    model, card = load_classifier(weights)
+    tell_written(commands.maps(model.to(find_device(device)), card, paths, layer, out))
+
+
+def visualize_similar(
+    images: Annotated[tuple[Path, ...], tyro.conf.Positional] = (),
+    data: Path | None = None,
+    count: int = 6,
+    weights: str = PUBLISHED,
+    out: Path = VISUALIZED,
+    index: Path | None = None,
+    device: str | None = None,
+) -> None:
+    """Find the pictures that a model takes for similar: neighbours in its last hidden layer's features.
+
+    Writes similar.png, and similar.html, a page that opens offline.  The features are kept and used again; after a
+    change of pictures only the changed ones are computed.
+
+    Args:
+        images: The pictures to find others for; by default six out of the data.
+        data: Folder of pictures, or one that `fastalex pack` wrote (its test pictures); by default the Fashion-MNIST
+            sample.
+        count: How many to find for each.
+        weights: IMAGENET1K_V1 for torchvision's published weights, or a file, as for `fastalex predict`.
+        out: Folder for the results.
+        index: File for the features; by default index.safetensors in the output folder.
+        device: cpu, cuda, cuda:1, ...; by default a GPU if there is one.
+    """
+    from fastalex.evaluation.classifier import load_classifier
+    from fastalex.visualize import commands
+
+    if count < 1:
+        raise ValueError(f"--count must be at least 1, got {count}")
+    model, card = load_classifier(weights)
+    file = index or out / "index.safetensors"
+    model = model.to(find_device(device))
+    tell_written(commands.similar_pictures(model, card, data, images, count, file, out, tell))
+
+
+def experiment_relu_vs_tanh(
+    data: Path | None = None,
+    threshold: float | None = None,
+    iterations: int | None = None,
+    seeds: int = 5,
+    out: Path = Path("runs/relu-vs-tanh"),
+    overwrite: bool = False,
+    device: str | None = None,
+) -> None:
+    """The paper's figure 1: iterations to a training error with ReLU, tanh and sigmoid, each at its best learning rate.
+
+    Writes results.json, table.md and figure.png.  A run that was stopped goes on with the same command.
+
+    Args:
+        data: Folder of CIFAR-10's files; by default the Fashion-MNIST sample.
+        threshold: The training error to reach; by default 0.25 on CIFAR-10, as in the paper, 0.15 on the sample.
+        iterations: Where a run gives up; by default 12000 on CIFAR-10, 600 on the sample.
+        seeds: Runs for each unit.
+        out: Folder for the results.
+        overwrite: Drop results in that folder.
+        device: cpu, cuda, cuda:1, ...; by default a GPU if there is one.
+    """
+    from fastalex.experiments import relu_vs_tanh
+
+    where = str(find_device(device))
+    options: dict[str, Any] = {"threshold": threshold, "iterations": iterations, "seeds": seeds, "overwrite": overwrite}
+    relu_vs_tanh.run(out, data, device=where, **options)
+    tell_results(out)
+
+
+def experiment_ablation(
+    data: Path | None = None,
+    epochs: int | None = None,
+    seeds: int = 5,
+    out: Path = Path("runs/ablation"),
+    overwrite: bool = False,
+    device: str | None = None,
+) -> None:
+    """What LRN, overlapping pooling, two towers, dropout and augmentation gain, beside the gains in the paper.
+
+    Writes results.json, table.md and figure.png.  A run that was stopped goes on with the same command.
+
+    Args:
+        data: Folder of CIFAR-10's files; by default the Fashion-MNIST sample.
+        epochs: Of each run; by default 30 on CIFAR-10, 5 on the sample.
+        seeds: Runs with everything, and without each ingredient.
+        out: Folder for the results.
+        overwrite: Drop results in that folder.
+        device: cpu, cuda, cuda:1, ...; by default a GPU if there is one.
+    """
+    from fastalex.experiments import ablation
+
+    ablation.run(out, data, epochs=epochs, seeds=seeds, overwrite=overwrite, device=str(find_device(device)))
+    tell_results(out)
+
+
+def tell_results(out: Path) -> None:
+    from rich.markdown import Markdown
+
+    from fastalex.visualize.console import console
+
+    console.print(Markdown((out / "table.md").read_text()))
+    tell_written([out / name for name in ("results.json", "table.md", "figure.png")])
+
+
+def tell_written(paths: Sequence[Path]) -> None:
+    tell("wrote " + ", ".join(map(str, paths)))
+
+
+def tell(line: str) -> None:
+    from fastalex.visualize.console import console
+
+    console.print(line, soft_wrap=True, highlight=False, markup=False)
+
+
 def open_images(
     data: Path | None, preprocessing: Preprocessing, *, splits: tuple[str, ...], workers: int | None
 ) -> ImageSet:
@@ -488,6 +637,17 @@ def find_device(name: str | None) -> torch.device:
     return torch.device(name)
 
 
+def group(summary: str, commands: dict[str, Callable[..., Any]]) -> Callable[..., Any]:
+    """A command that has commands of its own."""
+
+    def run(command: Any) -> None: ...
+
+    kinds = tuple(Annotated[Any, tyro.conf.subcommand(name, constructor=call)] for name, call in commands.items())
+    run.__doc__ = summary
+    run.__annotations__ = {"command": Annotated[Union[kinds], tyro.conf.arg(name="")]}  # noqa: UP007, a tuple of types
+    return run
+
+
 COMMANDS: dict[str, Callable[..., Any]] = {
     "demo": demo,
     "train": train,
@@ -496,6 +656,14 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "inspect": inspect,
     "bench": bench,
     "describe": describe,
+    "visualize": group(
+        "Draw what a model has learnt, as PNG files and pages that open offline.",
+        {"filters": visualize_filters, "activations": visualize_activations, "similar": visualize_similar},
+    ),
+    "experiment": group(
+        "Repeat an experiment of the 2012 paper at a scale that two CPU cores can do in minutes.",
+        {"relu-vs-tanh": experiment_relu_vs_tanh, "ablation": experiment_ablation},
+    ),
     "pack": pack,
     "verify": verify,
     "tune": tune,

@@ -201,3 +201,8 @@ def _kept(stages: Sequence[tuple[str, nn.Module]], size: tuple[int, int, int]) -
 
 def _storage(tensor: Tensor) -> int:
     return tensor.untyped_storage().data_ptr()
+
+
+def by(shape: Sequence[int]) -> str:
+    """(96, 55, 55) -> "96x55x55"."""
+    return "x".join(map(str, shape))

@@ -45,7 +45,9 @@ def picture(tmp_path):
     return path
 
 
-@pytest.mark.parametrize("command", [[], *([name] for name in cli.COMMANDS)])
+@pytest.mark.parametrize(
+    "command", [[], *([name] for name in cli.COMMANDS), ["visualize", "similar"], ["experiment", "ablation"]]
+)
 def test_help(command, capsys):
     with pytest.raises(SystemExit) as stopped:
         cli.main([*command, "--help"])
@@ -159,6 +161,49 @@ def test_senseless_numbers(option, value, capsys, tmp_path):
 def test_missing_picture(trained, capsys):
     weights = str(trained / "model.safetensors")
     assert "no such file: nothing.jpg" in error_of(capsys, "predict", "nothing.jpg", "--weights", weights)
+
+
+def test_visualize(trained, picture, capsys, tmp_path):
+    """Each command: what it says it wrote is there, and the pages hold as many pictures as they should."""
+    common = ["--weights", str(trained / "model.safetensors"), "--out", str(tmp_path / "out")]
+    for number in range(3):
+        Image.effect_noise((90, 80), 40 + number).save(picture.parent / f"{number}.png")
+    commands = {
+        ("filters",): {"filters.png": None, "filters.html": 32},
+        ("activations", str(picture), "--layer", "pool2"): {
+            "activations-pool2-shoe.png": None,
+            "activations-pool2.html": 1 + 96,
+        },
+        ("activations", str(picture), "--layer", "fc7"): {"activations-fc7.html": 1 + 1},
+        ("similar", str(picture), "--data", str(picture.parent), "--count", "2"): {
+            "similar.png": None,
+            "similar.html": 1 + 2,
+            "index.safetensors": None,
+        },
+    }
+    for arguments, files in commands.items():
+        cli.main(["visualize", *arguments, *common])
+        text = capsys.readouterr().out
+        for name, pictures in files.items():
+            assert str(tmp_path / "out" / name) in text
+            if pictures is None:
+                assert (tmp_path / "out" / name).stat().st_size > 1000
+            else:
+                assert (tmp_path / "out" / name).read_text().count("<img ") == pictures
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["activations", "PICTURE", "--layer", "conv6"], "layer must be one of conv1, pool1, conv2"),
+        (["similar", "--count", "0"], "--count must be at least 1, got 0"),
+        (["similar", "--data", "nowhere"], "no folder nowhere"),
+    ],
+)
+def test_visualize_refuses(trained, picture, capsys, tmp_path, arguments, message):
+    arguments = [str(picture) if argument == "PICTURE" else argument for argument in arguments]
+    options = ["--weights", str(trained / "model.safetensors"), "--out", str(tmp_path / "out")]
+    assert message in error_of(capsys, "visualize", *arguments, *options)
 
 
 def test_not_an_image(trained, capsys, tmp_path):

@@ -30,7 +30,7 @@ class Pictures:
         """Training pictures and labels, test pictures and labels; float32 in channels_last, and per channel a mean of 0
         and a deviation of 1 over the training pictures."""
         mean = self.train.float().mean((0, 2, 3), keepdim=True)
-        std = self.train.float().std((0, 2, 3), keepdim=True)
+        std = self.train.float().std((0, 2, 3), keepdim=True).clamp_min(1)  # of 255: a constant channel stays finite
         train, test = (
             ((images.float() - mean) / std).to(device, memory_format=torch.channels_last)
             for images in (self.train, self.test)

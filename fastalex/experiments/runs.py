@@ -114,3 +114,8 @@ class Store:
             except BaseException:
                 pool.shutdown(cancel_futures=True)
                 raise
+
+
+def cores() -> int:
+    """The number that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

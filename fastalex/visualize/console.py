@@ -21,7 +21,7 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 
-from fastalex.describe import Description
+from fastalex.describe import Description, by
 from fastalex.evaluation.metrics import Scores
 from fastalex.evaluation.report import per_class
 from fastalex.training.loop import Epoch, Watcher
@@ -181,7 +181,3 @@ def print_description(description: Description) -> None:
         f"{description.share('parameters', 'conv'):.1%} and do {description.share('flops', 'conv'):.1%} of the work.",
         highlight=False,
     )
-
-
-def by(shape: Sequence[int]) -> str:
-    return "x".join(map(str, shape))

@@ -5,17 +5,21 @@ from __future__ import annotations
 from collections.abc import Sequence
 from math import ceil
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from matplotlib import colormaps
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 from torch import Tensor
 
-from fastalex.describe import Description
+from fastalex.describe import Description, by
 from fastalex.files import replacing
+
+if TYPE_CHECKING:
+    from fastalex.visualize.similar import Sheet
 
 # Okabe and Ito's colours: told apart with every common kind of colour blindness, and in grey
 BLUE, ORANGE, GREEN, VERMILION, PURPLE, SKY = "#0072b2", "#e69f00", "#009e73", "#d55e00", "#cc79a7", "#56b4e9"
@@ -49,20 +53,97 @@ def learning_curve(epochs: Sequence[dict[str, Any]], path: Path) -> None:
     save(figure, path)
 
 
+def stretch(maps: Tensor) -> Tensor:
+    """Each of (K, ...) from its own minimum to its own maximum, as uint8 from 0 to 255; constant ones become 0."""
+    flat = maps.flatten(1)
+    low, high = (end.view(-1, *[1] * (maps.dim() - 1)) for end in (flat.amin(1), flat.amax(1)))
+    return ((maps - low) / (high - low).clamp_min(1e-12) * 255).round().to(torch.uint8)
+
+
+def coloured(maps: Tensor) -> Tensor:
+    """`stretch`ed maps (K, H, W) in a scale from dark blue to yellow that every eye reads alike: uint8 (K, 3, H, W)."""
+    scale = torch.from_numpy(colormaps["cividis"](range(256), bytes=True)[:, :3].copy())
+    return scale[stretch(maps).long()].permute(0, 3, 1, 2)
+
+
+def mosaic(tiles: Tensor, columns: int, gap: int = 1) -> Tensor:
+    """uint8 (K, C, H, W) -> (C, rows * (H + gap) - gap, columns * (W + gap) - gap), white between the tiles."""
+    count, channels, height, width = tiles.shape
+    rows = ceil(count / columns)
+    sheet = torch.full((channels, rows * (height + gap) - gap, columns * (width + gap) - gap), 255, dtype=torch.uint8)
+    for i, tile in enumerate(tiles):
+        row, column = divmod(i, columns)
+        top, left = row * (height + gap), column * (width + gap)
+        sheet[:, top : top + height, left : left + width] = tile
+    return sheet
+
+
+def filter_tiles(weight: Tensor) -> Tensor:
+    """Kernels (K, C, R, S) of a convolution, each stretched to its own range: uint8, in colour if C is 3, else the mean
+    over the channels."""
+    kernels = weight.detach().float().cpu()
+    return stretch(kernels if kernels.shape[1] == 3 else kernels.mean(1, keepdim=True))
+
+
 def filters(weight: Tensor, path: Path) -> None:
     """The kernels of a first convolution (K, 1 or 3, R, S), each stretched to its own range."""
-    kernels = weight.detach().float().cpu()
-    low, high = kernels.amin((1, 2, 3), keepdim=True), kernels.amax((1, 2, 3), keepdim=True)
-    kernels = (kernels - low) / (high - low).clamp_min(1e-12)
-    columns = 16 if len(kernels) > 32 else 8
-    rows = ceil(len(kernels) / columns)
-    figure = Figure(figsize=(columns * 0.8, rows * 0.8 + 0.5), dpi=DPI, layout="constrained")
-    figure.suptitle(f"The {len(kernels)} filters of the first convolution")
-    for axes in figure.subplots(rows, columns, squeeze=False).flat:
-        axes.axis("off")
-    for axes, kernel in zip(figure.axes, kernels, strict=False):
-        axes.imshow(pixels(kernel), cmap="gray", vmin=0, vmax=1)
+    tiles = filter_tiles(weight)
+    columns = 16 if len(tiles) > 32 else 8
+    rows = ceil(len(tiles) / columns)
+    figure = Figure(figsize=(columns * 0.75, rows * 0.75 + 0.5), dpi=DPI, layout="constrained")
+    axes = figure.subplots()
+    axes.set_title(f"The {len(tiles)} filters of the first convolution, {weight.shape[2]}x{weight.shape[3]} pixels")
+    axes.imshow(pixels(mosaic(tiles, columns)), cmap="gray", vmin=0, vmax=255, interpolation="nearest")
+    axes.axis("off")
     save(figure, path)
+
+
+def activation_maps(picture: Tensor, maps: Tensor, name: str, layer: str, path: Path) -> None:
+    """A picture beside a layer's maps, each stretched to its own range.
+
+    picture: uint8 (C, H, W).  maps: (K, H, W), one picture's.
+    """
+    columns = ceil(len(maps) ** 0.5)
+    rows = ceil(len(maps) / columns)
+    figure = Figure(
+        figsize=(11, 8.0 * rows * maps.shape[1] / (columns * maps.shape[2]) + 0.6), dpi=DPI, layout="constrained"
+    )
+    photo, sheet = figure.subplots(1, 2, width_ratios=[3, 8])
+    photo.imshow(pixels(picture), cmap="gray", vmin=0, vmax=255)
+    photo.set_anchor("N")
+    photo.set_title(shortened(name), fontsize=10)
+    sheet.imshow(pixels(mosaic(coloured(maps), columns)), interpolation="nearest")
+    silent = int((maps.flatten(1).amax(1) <= 0).sum())
+    sheet.set_title(
+        f"{layer}: {by(maps.shape)}, each map from its least (dark) to its greatest value (bright)"
+        + (f"; {silent} answer nothing" if silent else ""),
+        fontsize=10,
+    )
+    for axes in (photo, sheet):
+        axes.axis("off")
+    save(figure, path)
+
+
+def neighbours(sheets: Sequence[Sheet], path: Path) -> None:
+    """One row a query: the picture, then those like it with their distances, the nearest first."""
+    columns = 1 + max(len(sheet.matches) for sheet in sheets)
+    figure = Figure(figsize=(1.75 * columns + 0.3, 2.05 * len(sheets) + 0.5), dpi=DPI, layout="constrained")
+    figure.suptitle("The picture asked for, and its nearest neighbours by distance in the last hidden layer")
+    cells = figure.subplots(len(sheets), columns, squeeze=False)
+    for axes in cells.flat:
+        axes.axis("off")
+    for row, sheet in zip(cells, sheets, strict=True):
+        row[0].imshow(pixels(sheet.picture), cmap="gray", vmin=0, vmax=255)
+        row[0].set_title(shortened(sheet.name, 20), fontsize=9, fontweight="bold", color=BLUE)
+        for axes, match in zip(row[1:], sheet.matches, strict=False):
+            axes.imshow(pixels(match.picture), cmap="gray", vmin=0, vmax=255)
+            axes.set_title(f"{shortened(match.name, 20)}\n{match.distance:.2f}", fontsize=8)
+    save(figure, path)
+
+
+def shortened(text: str, length: int = 32) -> str:
+    """The end of a long text, which tells paths apart better than their beginning."""
+    return text if len(text) <= length else f"...{text[3 - length :]}"
 
 
 def pixels(picture: Tensor) -> np.ndarray:
@@ -94,7 +175,7 @@ def predictions(
         row, column = divmod(i, columns)
         photo, bars = cells[row, 2 * column], cells[row, 2 * column + 1]
         photo.imshow(pixels(picture), cmap="gray", vmin=0, vmax=255)
-        photo.set_title(name if len(name) <= 32 else f"...{name[-29:]}", fontsize=9)
+        photo.set_title(shortened(name), fontsize=9)
         for place, (share, index) in enumerate(zip(best.values[i].tolist(), best.indices[i].tolist(), strict=True)):
             bars.barh(place, share, height=0.3, color=BLUE if place == 0 else SKY)
             bars.text(0, place - 0.22, f"{classes[index]}  {share:.1%}", fontsize=10, va="bottom")

@@ -1,0 +1,120 @@
+"""What `fastalex visualize` does: a model and pictures in, PNG files and a page out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from math import ceil
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from fastalex.alexnet import AlexNet
+from fastalex.checkpoint import ModelCard
+from fastalex.describe import by
+from fastalex.evaluation.classifier import read_picture
+from fastalex.visualize import figures, similar
+from fastalex.visualize.activations import activations
+from fastalex.visualize.page import Section, Tile, write_page
+
+
+def filters(model: AlexNet, card: ModelCard, out: Path) -> list[Path]:
+    """filters.png and filters.html: the kernels of the first convolution."""
+    weight = next(model.features.parameters())
+    drawing, page = out / "filters.png", out / "filters.html"
+    figures.filters(weight, drawing)
+    ranges = [(kernel.min().item(), kernel.max().item()) for kernel in weight.detach().float().cpu()]
+    tiles = [
+        Tile(picture, f"{number}: {low:.2f}, {high:.2f}")
+        for number, (picture, (low, high)) in enumerate(zip(figures.filter_tiles(weight), ranges, strict=True))
+    ]
+    note = f"{by(weight.shape)} weights, variant {card.variant.name}; each kernel stretched to its own range."
+    write_page(
+        page,
+        "Filters of the first convolution",
+        note,
+        [Section("conv1", "With its number, its least and its greatest weight.", tiles, 88)],
+    )
+    return [drawing, page]
+
+
+def maps(model: AlexNet, card: ModelCard, paths: Sequence[Path], layer: str, out: Path) -> list[Path]:
+    """activations-LAYER-PICTURE.png for each picture, and activations-LAYER.html with all."""
+    drawings = []
+    sections = []
+    pictures = [read_picture(path, card.preprocessing) for path in paths]
+    device = next(model.parameters()).device
+    for path, picture in zip(paths, pictures, strict=True):
+        found = as_maps(activations(model, card.preprocessing.for_evaluation(picture[None].to(device)), layer)[0])
+        drawing = out / f"activations-{layer}-{path.stem}.png"
+        if drawing in drawings:
+            raise ValueError(f"two pictures are called {path.stem}: their files would overwrite each other")
+        figures.activation_maps(picture, found, path.name, layer, drawing)
+        drawings.append(drawing)
+        tiles = [
+            Tile(tile, f"{number}: {peak:.2f}")
+            for number, (tile, peak) in enumerate(
+                zip(figures.coloured(found), found.flatten(1).amax(1).tolist(), strict=True)
+            )
+        ]
+        width = min(256, max(72, found.shape[2]))
+        sections.append(
+            Section(
+                path.name,
+                f"{layer}: {by(found.shape)}, each map from its least (dark) to its greatest value (below it).",
+                [Tile(picture, path.name), *tiles],
+                width,
+                lead=True,
+            )
+        )
+    page = out / f"activations-{layer}.html"
+    write_page(page, f"Activations of {layer}", f"Variant {card.variant.name}.", sections)
+    return [*drawings, page]
+
+
+def as_maps(output: Tensor) -> Tensor:
+    """One picture's (K, H, W) as it is; (units,) of a fully connected layer as one map, row by row, 0 at its end."""
+    if output.dim() == 3:
+        return output
+    width = ceil(len(output) ** 0.5)
+    height = ceil(len(output) / width)
+    return torch.nn.functional.pad(output, (0, width * height - len(output))).view(1, height, width)
+
+
+def similar_pictures(
+    model: AlexNet,
+    card: ModelCard,
+    data: Path | None,
+    queries: Sequence[Path],
+    count: int,
+    index_file: Path,
+    out: Path,
+    report: Callable[[str], None] = print,
+) -> list[Path]:
+    """similar.png and similar.html: queries, each with its nearest neighbours of a collection; and the index."""
+    collection = similar.open_collection(data, card.preprocessing)
+    index = similar.build(index_file, model, card, collection, report)
+    report(
+        f"{len(index.places):,} pictures, {index.features.shape[1]:,} features each: "
+        f"{index.computed:,} computed, {len(index.places) - index.computed:,} from {index_file}"
+    )
+    sheets = similar.find_similar(model, card, collection, index, queries, count)
+    drawing, page = out / "similar.png", out / "similar.html"
+    figures.neighbours(sheets, drawing)
+    sections = [
+        Section(
+            sheet.name,
+            "Nearest first, with the Euclidean distance.",
+            [
+                Tile(sheet.picture, sheet.name),
+                *(Tile(match.picture, f"{match.distance:.2f} {match.name}") for match in sheet.matches),
+            ],
+            128,
+            lead=True,
+        )
+        for sheet in sheets
+    ]
+    where = "the Fashion-MNIST sample" if data is None else str(data)
+    note = f"Neighbours in the {index.features.shape[1]:,} features of the last hidden layer, out of {where}."
+    write_page(page, "Similar pictures", note, sections)
+    return [drawing, page, index_file]
