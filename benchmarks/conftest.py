@@ -5,6 +5,7 @@ from __future__ import annotations
 import platform
 import subprocess
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -86,7 +87,8 @@ def contest(request: pytest.FixtureRequest, benchmark: Any) -> Callable[[Case, s
         if isinstance(mine, Exception):
             raise mine
         if not benchmark.disabled:
-            benchmark.group = f"{function.__name__.removeprefix('test_')}-{case}"
+            name = function.__name__.removeprefix("test_")
+            benchmark.group = f"{name}-{replace(case, passes='') if case.passes in name else case}"
             benchmark.extra_info.update(harness.details(case, provider, race, mine, harness.device()))
         harness.feed(benchmark, mine.seconds)
 

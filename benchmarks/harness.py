@@ -54,10 +54,6 @@ class Case:
         shape = "x".join(map(str, self.shape))
         return "-".join(part for part in (self.layer, self.passes, self.dtype, shape) if part)
 
-    @property
-    def group(self) -> str:
-        return f"{self.operation}-{self}"
-
 
 @dataclass(frozen=True)
 class Expected:

@@ -99,7 +99,7 @@ def inference_race(case: Case, names: list[str], variant: str | Variant) -> Race
         if name == "onnxruntime":
             return providers.onnxruntime_run(network, images)
         if name == "openvino":
-            return providers.openvino_run(network, images)
+            return providers.openvino_run(network, images, case.dtype)
         if name == "tensorrt":
             return providers.tensorrt_run(network, images, case.dtype)
         pure = not (twin and device() == "cpu")

@@ -219,13 +219,25 @@ def test_details(monkeypatch):
 def test_unavailable(monkeypatch):
     monkeypatch.setattr(providers.shutil, "which", lambda name: None)
     monkeypatch.setattr(providers.importlib.util, "find_spec", lambda name: None)
-    assert providers.unavailable("fastalex", "cpu") is None
-    assert "C++ compiler" in providers.unavailable("compile", "cpu")
-    assert providers.unavailable("compile", "cuda") is None
-    assert providers.unavailable("tensorrt", "cpu") == providers.NO_GPU
-    assert providers.unavailable("tensorrt", "cuda") == "tensorrt is not installed"
-    assert providers.unavailable("onnxruntime", "cpu") == "onnxruntime is not installed"
-    assert "CPU" in providers.unavailable("openvino", "cuda")
+    for provider, where, dtype, reason in (
+        ("fastalex", "cpu", "fp32", None),
+        ("compile", "cpu", "fp32", "torch.compile needs a C++ compiler here"),
+        ("compile", "cuda", "fp32", None),
+        ("tensorrt", "cpu", "fp32", providers.NO_GPU),
+        ("tensorrt", "cuda", "fp16", "tensorrt is not installed"),
+        ("onnxruntime", "cpu", "fp32", "onnxruntime is not installed"),
+        ("onnxruntime", "cpu", "bf16", "has no bf16 on a CPU"),
+        ("openvino", "cuda", "fp32", "runs on CPUs here"),
+    ):
+        assert providers.unavailable(provider, where, dtype) == reason
+
+
+def test_engines_get_the_lrn_operator():
+    onnx = pytest.importorskip("onnx")
+    model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 1), torch.nn.LocalResponseNorm(5, 5e-4, 0.75, 2.0))
+    graph = onnx.load_from_string(providers.onnx_file(model, torch.zeros(1, 3, 4, 4))).graph
+    operators = [node.op_type for node in graph.node if node.op_type != "Identity"]
+    assert operators == ["Conv", "LRN"]
 
 
 @pytest.mark.parametrize("where", ["cpu", "cuda"])
