@@ -10,8 +10,8 @@ help:
 	@echo "make demo      train a small AlexNet on real pictures and show what it learnt (results in runs/demo)"
 	@echo "make test      the fast tests, on the CPU"
 	@echo "make test-all  all tests"
-	@echo "make bench     timings in pairs against PyTorch"
-	@echo "make kernel-table  machine code and traffic of the kernels, into docs/kernels.md"
+	@echo "make bench     timings against PyTorch (results in runs/bench)"
+	@echo "make kernel-table  machine code and traffic of the kernels: docs/kernels.md, tests/kernels/baseline.json"
 	@echo "make lint      ruff and mypy"
 	@echo "make clean     remove $(VENV)"
 
@@ -33,10 +33,12 @@ test-all: $(VENV)/installed
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 --dist loadfile
 
 bench: $(VENV)/installed
-	$(RUN) -m pytest benchmarks --benchmark-only
+	mkdir -p runs/bench
+	$(RUN) -m pytest benchmarks --benchmark-only --benchmark-json runs/bench/results.json
+	$(RUN) -m fastalex bench report runs/bench/results.json
 
 kernel-table: $(VENV)/installed
-	$(RUN) -m fastalex inspect --markdown docs/kernels.md
+	$(RUN) -m fastalex inspect --markdown docs/kernels.md --json tests/kernels/baseline.json
 
 lint: $(VENV)/installed
 	$(RUN) -m ruff check
