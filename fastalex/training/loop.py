@@ -166,7 +166,8 @@ class Run:
 
     def finish(self) -> None:
         self.write_metrics()
-        writer = open_tensorboard(self.folder, len(self.history) + 1) if self.options.tensorboard else None
+        writes = self.options.tensorboard and self.rank == 0
+        writer = open_tensorboard(self.folder, len(self.history) + 1) if writes else None
         while len(self.history) < self.recipe.epochs:
             try:
                 self.train_epoch()
@@ -177,9 +178,9 @@ class Run:
                     self.save()
                 raise
             line = self.end_epoch(scores)
-            if writer is not None and self.rank == 0:
-                for name in line.keys() - {"epoch"}:
-                    writer.add_scalar(name, line[name], line["epoch"])
+            if writer is not None:
+                for name, value in line.items():
+                    writer.add_scalar(name, value, line["epoch"])
                 writer.flush()
             self.watcher.epoch_ends(line)
             if len(self.history) < self.recipe.epochs and self.agreed() == "stop":
@@ -386,15 +387,16 @@ class Run:
 
     def load(self) -> None:
         """Go on from the state.pt that rank 0 sees.  Raises FileNotFoundError or ValueError, as `train` says."""
-        state = load_state(self.folder / STATE) if self.rank == 0 else {}
+        state: dict[str, Any] = {}
+        problem: Exception | None = None
         if self.rank == 0:
-            for name, mine in (("recipe", self.described()), ("classes", list(self.data.classes))):
-                if state[name] != mine:
-                    raise ValueError(f"{self.folder} was trained with another {difference(name, state[name], mine)}")
-            if state["pictures"] != self.data.count("train"):
-                raise ValueError(
-                    f"{self.folder} was trained with {state['pictures']:,} pictures, not {self.data.count('train'):,}"
-                )
+            try:
+                state = self.fitting_state()
+            except (OSError, ValueError) as error:
+                problem = error
+        # in every process, so that none waits for another that has ended
+        if (problem := distributed.from_rank_0(problem)) is not None:
+            raise problem
         weights, velocity = state.pop("weights", {}), state.pop("velocity", {})
         state = distributed.from_rank_0(state)
         with torch.no_grad():
@@ -411,6 +413,18 @@ class Run:
         if self.rank == 0:  # the others' shares are in it
             self.loss.copy_(state["loss"])
         self.seconds, self.waited = state["seconds"], state["waited"]
+
+    def fitting_state(self) -> dict[str, Any]:
+        """What state.pt holds, if it belongs to this recipe and this set."""
+        state = load_state(self.folder / STATE)
+        for name, mine in (("recipe", self.described()), ("classes", list(self.data.classes))):
+            if state[name] != mine:
+                raise ValueError(f"{self.folder} was trained with another {difference(name, state[name], mine)}")
+        if state["pictures"] != self.data.count("train"):
+            raise ValueError(
+                f"{self.folder} was trained with {state['pictures']:,} pictures, not {self.data.count('train'):,}"
+            )
+        return state
 
     def parameters(self) -> dict[str, nn.Parameter]:
         """By the names that they have in an AlexNet of one process."""

@@ -55,6 +55,9 @@ def processes(size, work):
                 code = 0
             except loop.Stopped:
                 code = 3
+            except ValueError as error:
+                print(error, file=sys.stderr, flush=True)
+                code = 2
             except BaseException as error:
                 print(f"rank {rank}: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
             finally:
@@ -71,6 +74,8 @@ def main(root, size):
     print(*processes(size, lambda rank: train(root / "stopped", resume=True)))
     print(*processes(size, lambda rank: train(root / "fewer", watcher=Terminated(rank))))
     train(root / "fewer", accumulate=size, resume=True)
+    # what rank 0 finds wrong with a state ends all of them
+    print(*processes(size, lambda rank: train(root / "fewer", resume=True, recipe={"lr": 9.0})))
     # each process draws the dropout of its share of a layer, which no other division of the work repeats
     exact = {"recipe": {"dropout": 0.0}}
     train(root / "plain", accumulate=size, **exact)
