@@ -37,6 +37,9 @@ class Tile:
 PROGRAMS = 264
 # Steps of a part: 16 of 64 images for 128x128 results take longer than writing and reading the results in fp32.
 MIN_STEPS = 16
+# Columns that the epilogue handles at once behind descriptors.  With 256 rows and 8 warps that is 32 sums per thread;
+# 64 spill on sm_100 when warps are specialised, which leaves 168 registers.
+SLICE = 32
 THREADS = 128
 SUM_BLOCK = 1024
 
@@ -68,27 +71,41 @@ def taps_on_outputs(
 @triton.jit
 def finish_input_grad(
     total, dx, y, partials, first, images, plane, position, channel,
-    C: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DESCRIPTORS: tl.constexpr,
+    C: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, SLICE: tl.constexpr, DESCRIPTORS: tl.constexpr,
 ):  # fmt: skip
-    """Mask a tile of dx with y, store it, and its sums over the images to `partials`, the group's row of them."""
-    image = first + tl.arange(0, ROWS)
-    c = channel + tl.arange(0, COLUMNS)
-    inside = (image < images)[:, None] & (c < C)[None, :]
-    offset = image.to(tl.int64)[:, None] * plane + (position + c)[None, :]
-    if y is not None:
-        if DESCRIPTORS:
-            below = y.load([first, position + channel])
-        else:
-            below = tl.load(y + offset, mask=inside, other=0.0)
-        total = masked(total, below, 1.0)
-    if partials is not None:
-        # rows behind the last image are not zero
-        sums = tl.sum(tl.where((image < images)[:, None], total, 0.0), 0)
-        tl.store(partials + c, sums, mask=c < C)
-    if DESCRIPTORS:
-        dx.store([first, position + channel], total.to(dx.dtype))
+    """Mask a tile of dx with y, store it, and its sums over the images to `partials`, the group's row of them.
+
+    In slices of SLICE columns: the whole of a large tile, its mask and its sums do not fit into registers.
+    """
+    if COLUMNS > SLICE:
+        left, right = tl.split(tl.permute(tl.reshape(total, [ROWS, 2, COLUMNS // 2]), [0, 2, 1]))
+        finish_input_grad(
+            left, dx, y, partials, first, images, plane, position, channel, C, ROWS, COLUMNS // 2, SLICE, DESCRIPTORS
+        )
+        finish_input_grad(
+            right, dx, y, partials, first, images, plane, position, channel + COLUMNS // 2,
+            C, ROWS, COLUMNS // 2, SLICE, DESCRIPTORS,
+        )  # fmt: skip
     else:
-        tl.store(dx + offset, total.to(dx.dtype.element_ty), mask=inside)
+        image = first + tl.arange(0, ROWS)
+        c = channel + tl.arange(0, COLUMNS)
+        inside = (image < images)[:, None] & (c < C)[None, :]
+        offset = image.to(tl.int64)[:, None] * plane + (position + c)[None, :]
+        if y is not None:
+            if DESCRIPTORS:
+                below = y.load([first, position + channel])
+            else:
+                below = tl.load(y + offset, mask=inside, other=0.0)
+            # also rows behind the last image, where y reads as 0
+            total = masked(total, below, 1.0)
+        if partials is not None:
+            if y is None:
+                total = tl.where((image < images)[:, None], total, 0.0)
+            tl.store(partials + c, tl.sum(total, 0), mask=c < C)
+        if DESCRIPTORS:
+            dx.store([first, position + channel], total.to(dx.dtype))
+        else:
+            tl.store(dx + offset, total.to(dx.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -96,10 +113,8 @@ def conv_input_grad_kernel(
     grad,  # (N, OH, OW, GROUPS * K): pointer, or descriptor of (N, OH * OW * GROUPS * K)
     weight,  # (GROUPS * K, R, S, C), or (GROUPS * C, R, S, K) if TRANSPOSED: pointer, or descriptor of its rows
     weight_tail,  # the descriptor for TAIL columns
-    dx,  # (N, H, W, GROUPS * C): pointer, or descriptor of (N, H * W * GROUPS * C)
-    dx_tail,
+    dx,  # (N, H, W, GROUPS * C): pointer, or descriptor of (N, H * W * GROUPS * C), SLICE columns
     y,  # as dx, or None
-    y_tail,
     partials,  # image blocks * H * W rows of GROUPS * C, fp32, or None
     images,
     height,
@@ -118,6 +133,7 @@ def conv_input_grad_kernel(
     DILATION_H: tl.constexpr,
     DILATION_W: tl.constexpr,
     TRANSPOSED: tl.constexpr,
+    SLICE: tl.constexpr,  # columns at a time behind the loop
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     TAIL: tl.constexpr,
@@ -215,11 +231,13 @@ def conv_input_grad_kernel(
     position = pixel * (C * GROUPS) + group * C
     if partials is not None:
         partials += row.to(tl.int64) * (C * GROUPS) + group * C
-    finish_input_grad(total, dx, y, partials, first, images, plane, position, channel, C, ROWS, COLUMNS, DESCRIPTORS)
+    finish_input_grad(
+        total, dx, y, partials, first, images, plane, position, channel, C, ROWS, COLUMNS, SLICE, DESCRIPTORS
+    )
     if TAIL > 0:
         finish_input_grad(
-            total_tail, dx_tail, y_tail, partials, first, images, plane, position, channel + COLUMNS,
-            C, ROWS, TAIL, DESCRIPTORS,
+            total_tail, dx, y, partials, first, images, plane, position, channel + COLUMNS,
+            C, ROWS, TAIL, SLICE, DESCRIPTORS,
         )  # fmt: skip
 
 
@@ -382,35 +400,39 @@ def tile_warps(rows, columns, depth, dtype):
     return 8 if rows * sum(columns) >= 128 * 96 and narrow >= 8 * 32 * 16 else 4
 
 
-def specializes(descriptors, num_warps):
-    """Whether copies and products get warps of their own: 62 instead of 115 instructions a step on sm_100.
+def make_tile(rows, columns, depth, dtype, descriptors):
+    """The tile, and what the target makes of it."""
+    target = capability()
+    # 192 columns fill the registers of a warp that multiplies out of registers: shorter steps, more of them in flight
+    crowded = sum(columns) > 128 and target not in (90, 100) and dtype.itemsize == 2
+    if crowded:
+        depth = min(depth, 32)
+    return Tile(
+        rows,
+        columns,
+        depth,
+        tile_warps(rows, columns, depth, dtype),
+        4 if crowded else 3,
+        # copies and products in warps of their own: 62 instead of 115 instructions a step.  The compiler crashes over
+        # it on sm_90 with 4 warps, and on sm_100 for products too small for tensor memory (Triton 3.8)
+        descriptors and target == 100 and rows >= 64,
+    )
 
-    sm_90 ignores it with 8 warps, its compiler crashes with 4 (Triton 3.8).
-    """
-    return descriptors and capability() == 100 and num_warps == 8
 
-
-def input_grad_tile(images, channels, outputs, dtype, descriptors, precision, epilogue):
-    """The tile of conv_input_grad for `channels` input and `outputs` output channels per group.
-
-    epilogue: whether dx is masked or summed, for which the warps of a specialised kernel lack registers.
-    """
-    columns = split_tile(channels, 128)
+def input_grad_tile(images, channels, outputs, dtype, descriptors, precision):
+    """The tile of conv_input_grad for `channels` input and `outputs` output channels per group."""
     large = descriptors and dtype.itemsize == 2 and capability() in (90, 100)
     # by powers of two: what is compiled does not depend on the exact batch
     rows = power_of_2(images, 256 if large else 128)
     depth = dividing_power_of_2(outputs, depth_limit(dtype, precision))
-    num_warps = tile_warps(rows, columns, depth, dtype)
-    return Tile(rows, columns, depth, num_warps, warp_specialize=specializes(descriptors, num_warps) and not epilogue)
+    return make_tile(rows, split_tile(channels, 128), depth, dtype, descriptors)
 
 
 def weight_grad_tile(images, channels, outputs, dtype, descriptors, precision):
     """The tile of conv_weight_grad for `channels` input and `outputs` output channels per group."""
-    columns = split_tile(channels, 128)
     rows = dividing_power_of_2(outputs, 128) if outputs % NARROWEST == 0 else power_of_2(outputs, 64)
     depth = power_of_2(images, depth_limit(dtype, precision))
-    num_warps = tile_warps(rows, columns, depth, dtype)
-    return Tile(rows, columns, depth, num_warps, warp_specialize=specializes(descriptors, num_warps))
+    return make_tile(rows, split_tile(channels, 128), depth, dtype, descriptors)
 
 
 def packed(t):
@@ -452,7 +474,7 @@ def constants(tile, c, k, groups, kernel_size, stride, padding, dilation, descri
     }
 
 
-def unsupported(grad, other, name, channels, kernel_size, stride, padding, dilation, groups, descriptors):
+def unsupported(grad, other, name, channels, kernel_size, stride, padding, dilation, groups, descriptors, precision):
     """What both kernels refuse, or None.  `channels` are the input channels per group."""
     for t, of in ((grad, "grad"), (other, name)):
         if t.dim() != 4:
@@ -476,6 +498,8 @@ def unsupported(grad, other, name, channels, kernel_size, stride, padding, dilat
     if descriptors:
         if capability() == 0:
             return "descriptors need an NVIDIA GPU"
+        if grad.dtype == torch.float32 and precision == "ieee":
+            return "descriptors need fp16, bf16 or tf32; fp32 products spill registers with them"
         for count in (channels, grad.shape[1] // groups):
             if count % NARROWEST:
                 return f"descriptors need channels per group in multiples of {NARROWEST}, got {count}"
@@ -485,10 +509,12 @@ def unsupported(grad, other, name, channels, kernel_size, stride, padding, dilat
     return None
 
 
-def unsupported_input_grad(grad, weight, stride, padding, dilation, groups, *, descriptors=False):
+def unsupported_input_grad(grad, weight, stride, padding, dilation, groups, *, descriptors=False, precision="ieee"):
     """Why conv_input_grad does not take these arguments, or None if it does."""
     channels, *kernel_size = weight.shape[1:] if weight.dim() == 4 else (0, 1, 1)
-    reason = unsupported(grad, weight, "weight", channels, kernel_size, stride, padding, dilation, groups, descriptors)
+    reason = unsupported(
+        grad, weight, "weight", channels, kernel_size, stride, padding, dilation, groups, descriptors, precision
+    )
     if reason:
         return reason
     if grad.shape[1] != weight.shape[0]:
@@ -496,10 +522,12 @@ def unsupported_input_grad(grad, weight, stride, padding, dilation, groups, *, d
     return None
 
 
-def unsupported_weight_grad(grad, x, kernel_size, stride, padding, dilation, groups, *, descriptors=False):
+def unsupported_weight_grad(
+    grad, x, kernel_size, stride, padding, dilation, groups, *, descriptors=False, precision="ieee"
+):
     """Why conv_weight_grad does not take these arguments, or None if it does."""
     channels = x.shape[1] // max(groups, 1) if x.dim() == 4 else 0
-    reason = unsupported(grad, x, "x", channels, kernel_size, stride, padding, dilation, groups, descriptors)
+    reason = unsupported(grad, x, "x", channels, kernel_size, stride, padding, dilation, groups, descriptors, precision)
     if reason:
         return reason
     if x.shape[1] % groups:
@@ -546,14 +574,16 @@ def conv_input_grad(
     (torch's threshold_backward: a NaN passes).  bias_partials: also return fp32 (P, C), whose `sum_partials` is the
     sum of dx over images and pixels, taken before dx is rounded: the bias gradient of the layer below.
 
-    descriptors: copy tiles by the tensor memory accelerator, larger tiles: for sm_90 and sm_100, whose 227 KB of
-    shared memory they need.  precision: of fp32 products, "ieee" or "tf32"; sums are fp32 always.
+    descriptors: copy tiles by the tensor memory accelerator, for sm_90 and later (below, they become loads of single
+    elements).  precision: of fp32 products, "ieee" or "tf32", factors of 10 bits; sums are fp32 always.
 
     Returns dx (N, C, H, W) in channels_last, or (dx, partials).  Two runs give equal bits.  Raises ValueError for
     wrong shapes and for what `unsupported_input_grad` names.
     """
     check_precision(precision)
-    reason = unsupported_input_grad(grad, weight, stride, padding, dilation, groups, descriptors=descriptors)
+    reason = unsupported_input_grad(
+        grad, weight, stride, padding, dilation, groups, descriptors=descriptors, precision=precision
+    )
     if reason:
         raise ValueError(reason)
     height, width = input_size
@@ -568,9 +598,13 @@ def conv_input_grad(
         raise ValueError(
             f"relu_output must be {grad.dtype} of shape {shape}, got {relu_output.dtype} {tuple(relu_output.shape)}"
         )
+    if descriptors and relu_output is not None and relu_output.storage_offset() * relu_output.element_size() % 16:
+        raise ValueError(
+            "descriptors need relu_output to start at a multiple of 16 bytes, "
+            f"got offset {relu_output.storage_offset()}"
+        )
 
-    epilogue = relu_output is not None or bias_partials
-    tile = input_grad_tile(images, c, k, grad.dtype, descriptors, precision, epilogue)
+    tile = input_grad_tile(images, c, k, grad.dtype, descriptors, precision)
     # tensor cores read 4-byte operands along the sum only: 1 to 4 MB are transposed for them
     transposed = precision == "tf32" and grad.dtype == torch.float32
     matrix = packed(weight).flatten(1)
@@ -583,7 +617,9 @@ def conv_input_grad(
     partials = torch.empty(rows, groups * c, dtype=torch.float32, device=grad.device) if bias_partials else None
     programs = rows * groups * triton.cdiv(c, sum(tile.columns))
     if programs:
-        tensors = [grad, matrix, None, dx, dx, y, y]
+        tensors = [grad, matrix, None, dx, y]
+        # what divides both parts of the tile
+        piece = min(SLICE, tile.columns[1] or tile.columns[0]) if descriptors else max(tile.columns)
         if descriptors:
             tensors = [
                 descriptor(grad, tile.rows, tile.depth),
@@ -591,7 +627,8 @@ def conv_input_grad(
                     descriptor(matrix, columns, tile.depth) if transposed else descriptor(matrix, tile.depth, columns)
                     for columns in tile.columns
                 ),
-                *(descriptor(t, tile.rows, columns) for t in (dx, y) for columns in tile.columns),
+                descriptor(dx, tile.rows, piece),
+                descriptor(y, tile.rows, piece),
             ]
         conv_input_grad_kernel[(programs,)](
             *tensors,
@@ -602,6 +639,7 @@ def conv_input_grad(
             out_height,
             out_width,
             TRANSPOSED=transposed,
+            SLICE=piece,
             **constants(tile, c, k, groups, (r, s), stride, padding, dilation, descriptors, precision, grad.dtype),
         )
     dx = dx.view(images, height, width, groups * c).movedim(-1, 1)
@@ -633,7 +671,9 @@ def conv_weight_grad(
     what `unsupported_weight_grad` names.
     """
     check_precision(precision)
-    reason = unsupported_weight_grad(grad, x, kernel_size, stride, padding, dilation, groups, descriptors=descriptors)
+    reason = unsupported_weight_grad(
+        grad, x, kernel_size, stride, padding, dilation, groups, descriptors=descriptors, precision=precision
+    )
     if reason:
         raise ValueError(reason)
     images, channels, height, width = x.shape

@@ -51,6 +51,12 @@ def sample(case, dtype):
     return last(torch.randn(out.shape).to(dtype)), weight, x, (*geometry, groups)
 
 
+def exact_sample(case, dtype):
+    """The same of numbers with 10 bits, which tf32 does not round: fp32's tolerance holds for its products."""
+    *tensors, geometry = sample(case, torch.float16)
+    return *(last(t.to(dtype)) for t in tensors), geometry
+
+
 def convolution(x, weight, stride, padding, dilation, groups):
     (top, bottom), (left, right) = padding
     return F.conv2d(F.pad(x, (left, right, top, bottom)), weight, None, stride, 0, dilation, groups)
@@ -93,23 +99,21 @@ def test_values_in_other_dtypes(case, dtype):
 @pytest.mark.parametrize("case", ["3x3", "tails", "stride and dilation"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
 def test_descriptors(case, dtype):
-    grad, weight, x, geometry = sample(case, dtype)
-    assert unsupported_input_grad(grad, weight, *geometry, descriptors=True) is None
-    assert unsupported_weight_grad(grad, x, weight.shape[2:], *geometry, descriptors=True) is None
-    check(grad, weight, x, geometry, descriptors=True)
+    grad, weight, x, geometry = exact_sample(case, dtype)
+    options = {"descriptors": True, "precision": "tf32"}
+    assert unsupported_input_grad(grad, weight, *geometry, **options) is None
+    assert unsupported_weight_grad(grad, x, weight.shape[2:], *geometry, **options) is None
+    check(grad, weight, x, geometry, **options)
 
 
-@pytest.mark.parametrize("descriptors", [False, True])
 @pytest.mark.parametrize("case", ["3x3", "tails"])
-def test_tf32(case, descriptors):
-    """Factors of 10 bits, cut or rounded: what is exact in them has fp32's tolerance, and no other order."""
-    grad, weight, x, geometry = sample(case, torch.float16)
-    check(grad.float(), weight.float(), x.float(), geometry, descriptors=descriptors, precision="tf32")
+def test_tf32(case):
+    check(*exact_sample(case, torch.float32), precision="tf32")
 
 
 def masking(case, dtype):
     """A ReLU's output with everything that a mask can meet."""
-    *arguments, geometry = sample(case, dtype)
+    *arguments, geometry = exact_sample(case, dtype)
     y = arguments[2].relu()
     special = torch.tensor([torch.nan, 0.0, -0.0, torch.inf, -1.0], dtype=dtype)
     y.movedim(1, -1).flatten()[: 5 * 7] = special.repeat(7)
@@ -122,10 +126,10 @@ def masking(case, dtype):
 def test_mask_and_partial_sums(case, dtype, descriptors):
     """The bits of relu_bias_grad over the unmasked gradient; its sums, but from values before rounding."""
     grad, weight, y, geometry = masking(case, dtype)
-    plain = conv_input_grad(grad, weight, y.shape[2:], *geometry, descriptors=descriptors)
+    options = {"descriptors": descriptors, "precision": "tf32" if descriptors else "ieee"}
+    plain = conv_input_grad(grad, weight, y.shape[2:], *geometry, **options)
     expected, bias = relu_bias_grad(plain, y)
-    options = {"relu_output": y, "bias_partials": True, "descriptors": descriptors}
-    dx, partials = conv_input_grad(grad, weight, y.shape[2:], *geometry, **options)
+    dx, partials = conv_input_grad(grad, weight, y.shape[2:], *geometry, relu_output=y, bias_partials=True, **options)
     assert torch.equal(dx, expected)
     assert (dx == 0).any()
     assert partials.dtype == torch.float32
@@ -214,12 +218,13 @@ def test_any_number_of_parts_gives_the_sum(dtype, monkeypatch):
 def test_two_runs_are_equal_to_the_bit(descriptors, monkeypatch):
     monkeypatch.setattr(module, "MIN_STEPS", 4)
     grad, weight, y, geometry = masking("tails", torch.float32)
-    options = {"relu_output": y, "bias_partials": True, "descriptors": descriptors}
-    first, second = (conv_input_grad(grad, weight, y.shape[2:], *geometry, **options) for _ in range(2))
+    masks = {"relu_output": y, "bias_partials": True}
+    options = {"descriptors": descriptors, "precision": "tf32"}
+    first, second = (conv_input_grad(grad, weight, y.shape[2:], *geometry, **masks, **options) for _ in range(2))
     for a, b in zip(first, second, strict=True):
         assert torch.equal(a, b)
-    x = y.nan_to_num()
-    first, second = (conv_weight_grad(grad, x, weight.shape[2:], *geometry, descriptors=descriptors) for _ in range(2))
+    x = y.nan_to_num(1, 1)
+    first, second = (conv_weight_grad(grad, x, weight.shape[2:], *geometry, **options) for _ in range(2))
     assert torch.equal(first, second)
 
 
@@ -281,6 +286,12 @@ BOTH = {
     "groups must be at least 1": {"groups": lambda groups: 0},
     r"at least 1, got \(3, 3\), \(0, 1\)": {"stride": lambda stride: (0, 1)},
     "padding must not be negative": {"padding": lambda padding: ((1, 1), (-1, 1))},
+    "descriptors need fp16, bf16 or tf32": {
+        "grad": lambda t: t.float(),
+        "weight": lambda t: t.float(),
+        "x": lambda t: t.float(),
+        "descriptors": lambda descriptors: True,
+    },
     "multiple of 5 groups": {"groups": lambda groups: 5},
     r"grad must have shape \(3, 64, 3, 4\)": {"grad": lambda t: t[:, :, :2]},
     'precision must be "ieee" or "tf32"': {"precision": lambda precision: "half"},
@@ -291,11 +302,19 @@ INPUT = {
     "a channel per filter of weight, 32": {"weight": lambda t: t[:32]},
     "relu_output must be torch.float16 of shape": {"relu_output": lambda t: torch.zeros(3, 32, 3, 3).half()},
     "relu_output must be torch.float16": {"relu_output": lambda t: torch.zeros(3, 32, 3, 4)},
+    "relu_output to start at a multiple of 16 bytes": {
+        "relu_output": lambda t: torch.zeros(3 * 4 * 32 * 3 + 1).half()[1:].view(3, 3, 4, 32).movedim(-1, 1),
+        "descriptors": lambda descriptors: True,
+    },
     "for an input of (3, 5)": {"input_size": lambda size: (3, 5)},
 }
 WEIGHT = {
     "x must have 4 dimensions": {"x": lambda t: t[0]},
     "x must have a multiple of 2 groups": {"x": lambda t: t[:, :31]},
+    "x to start at a multiple of 16 bytes": {
+        "x": lambda t: torch.zeros(3 * 4 * 32 * 3 + 1).half()[1:].view(3, 3, 4, 32).movedim(-1, 1),
+        "descriptors": lambda descriptors: True,
+    },
     "grad must have shape (2,": {"x": lambda t: t[:2]},
     "kernel of (2, 3)": {"kernel_size": lambda size: (2, 3)},
 }
