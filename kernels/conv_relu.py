@@ -165,15 +165,16 @@ def conv_relu_batch_kernel(
     for _ in range((r_stop - r_first) * (s_stop - s_first) * ((CHANNELS + STEP - 1) // STEP)):
         at = ((top + r * DILATION_H) * w + left + s * DILATION_W) * XC + c
         w_at = (r * S + s) * CHANNELS + c
-        a = load_inputs(x_a + at, None, k, CHANNELS - c, WHOLE)
-        acc = multiply_add(a, load_weights(w_a + w_at, k, CHANNELS - c, WHOLE), acc, PRECISION, WIDEN)
-        if COLUMNS_B > 0:
-            acc_b = multiply_add(a, load_weights(w_a_b + w_at, k, CHANNELS - c, WHOLE), acc_b, PRECISION, WIDEN)
+        # the short product first: sm_90 waits for it before the long one, which it leaves running through the rest
         if DEPTH_B > 0:
             b = tl.load(x_b + at)
             acc = multiply_add(b, tl.load(w_b + w_at), acc, PRECISION, WIDEN)
             if COLUMNS_B > 0:
                 acc_b = multiply_add(b, tl.load(w_b_b + w_at), acc_b, PRECISION, WIDEN)
+        a = load_inputs(x_a + at, None, k, CHANNELS - c, WHOLE)
+        acc = multiply_add(a, load_weights(w_a + w_at, k, CHANNELS - c, WHOLE), acc, PRECISION, WIDEN)
+        if COLUMNS_B > 0:
+            acc_b = multiply_add(a, load_weights(w_a_b + w_at, k, CHANNELS - c, WHOLE), acc_b, PRECISION, WIDEN)
         r, s, c = next_step(r, s, c, s_first, s_stop, CHANNELS, STEP)
 
     y_rows = y_ptr + (index.to(tl.int64) * out_image + pixel * YC)[:, None]
@@ -251,15 +252,16 @@ def conv_relu_descriptor_kernel(
     for _ in tl.range(0, steps, warp_specialize=WARP_SPECIALIZE):
         at = ((top + r * DILATION_H) * w + left + s * DILATION_W) * (GROUPS * CHANNELS) + group * CHANNELS + c
         w_at = (r * S + s) * CHANNELS + c
-        a = x_a.load([first, at])
-        acc = multiply_add(a, w_a.load([feature, w_at]).T, acc, PRECISION, WIDEN)
-        if COLUMNS_B > 0:
-            acc_b = multiply_add(a, w_a_b.load([feature + COLUMNS, w_at]).T, acc_b, PRECISION, WIDEN)
+        # the short product first: sm_90 waits for it before the long one, which it leaves running through the rest
         if DEPTH_B > 0:
             b = x_b.load([first, at + DEPTH])
             acc = multiply_add(b, w_b.load([feature, w_at + DEPTH]).T, acc, PRECISION, WIDEN)
             if COLUMNS_B > 0:
                 acc_b = multiply_add(b, w_b_b.load([feature + COLUMNS, w_at + DEPTH]).T, acc_b, PRECISION, WIDEN)
+        a = x_a.load([first, at])
+        acc = multiply_add(a, w_a.load([feature, w_at]).T, acc, PRECISION, WIDEN)
+        if COLUMNS_B > 0:
+            acc_b = multiply_add(a, w_a_b.load([feature + COLUMNS, w_at]).T, acc_b, PRECISION, WIDEN)
         r, s, c = next_step(r, s, c, s_first, s_stop, CHANNELS, STEP)
 
     out = pixel * (GROUPS * FEATURES) + feature
@@ -358,15 +360,16 @@ def conv_relu_spatial_kernel(
         at = (r * DILATION_H * w + s * DILATION_W) * XC + c
         w_at = (r * S + s) * CHANNELS + c
         inside = ((r_bits >> r) & (s_bits >> s) & 1) != 0
-        a = load_inputs(x_a + at, inside, k, CHANNELS - c, WHOLE)
-        acc = multiply_add(a, load_weights(w_a + w_at, k, CHANNELS - c, WHOLE), acc, PRECISION, WIDEN)
-        if COLUMNS_B > 0:
-            acc_b = multiply_add(a, load_weights(w_a_b + w_at, k, CHANNELS - c, WHOLE), acc_b, PRECISION, WIDEN)
+        # the short product first: sm_90 waits for it before the long one, which it leaves running through the rest
         if DEPTH_B > 0:
             b = load_inputs(x_b + at, inside, k, CHANNELS, True)
             acc = multiply_add(b, tl.load(w_b + w_at), acc, PRECISION, WIDEN)
             if COLUMNS_B > 0:
                 acc_b = multiply_add(b, tl.load(w_b_b + w_at), acc_b, PRECISION, WIDEN)
+        a = load_inputs(x_a + at, inside, k, CHANNELS - c, WHOLE)
+        acc = multiply_add(a, load_weights(w_a + w_at, k, CHANNELS - c, WHOLE), acc, PRECISION, WIDEN)
+        if COLUMNS_B > 0:
+            acc_b = multiply_add(a, load_weights(w_a_b + w_at, k, CHANNELS - c, WHOLE), acc_b, PRECISION, WIDEN)
         r, s, c = next_step(r, s, c, 0, S, CHANNELS, STEP)
 
     y_rows = y_ptr + ((part.to(tl.int64) * pixels + pixel) * YC)[:, None]
