@@ -96,6 +96,16 @@ def machine(result: Result) -> str:
     return f"{device}, {versions}, {result['date']}"
 
 
+def _ratio(ratio: float | None) -> str:
+    if ratio is None:
+        return "-"
+    return f"{ratio:.2f}" if round(ratio, 2) >= 1 else f"**{ratio:.2f}**"
+
+
+def _milliseconds(value: float) -> str:
+    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
+
+
 def markdown(result: Result) -> str:
     """One line per case, losing ones included: time of fastalex, and of the others over it."""
     others = baselines(result)
@@ -109,10 +119,10 @@ def markdown(result: Result) -> str:
     for group, providers in groups(result).items():
         ours = providers[OURS]
         ratios = [ours.get("ratio", {}).get(name) for name in others]
-        cells = ["-" if ratio is None else f"{ratio:.2f}" if ratio >= 1 else f"**{ratio:.2f}**" for ratio in ratios]
+        cells = [_ratio(ratio) for ratio in ratios]
         load_average = ours.get("load_average")
         last = "-" if load_average is None else f"{load_average:.1f}"
-        lines.append(f"| {group} | {ours['median']:.3g} | {' | '.join(cells)} | {last} |")
+        lines.append(f"| {group} | {_milliseconds(ours['median'])} | {' | '.join(cells)} | {last} |")
     return "\n".join(lines)
 
 
