@@ -89,7 +89,10 @@ class Race:
 
 @dataclass
 class Measured:
-    """The times of one provider in seconds, how they were taken, and the peak of allocated device memory in bytes."""
+    """The times of one provider in seconds, how they were taken, and the most device memory that it held, in bytes.
+
+    That is inputs, parameters and whatever a run allocates, as PyTorch's allocator counts it.
+    """
 
     seconds: list[float]
     timing: str
@@ -159,13 +162,13 @@ def captured(run: Run) -> torch.cuda.CUDAGraph | None:
     return graph
 
 
-def peak_bytes(run: Run) -> int:
-    """The most device memory that was allocated at a time, models and inputs included."""
+def peak_bytes(run: Run, before: int) -> int:
+    """The most device memory during a run, above the `before` bytes that were there without its provider."""
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     run()
     torch.cuda.synchronize()
-    return torch.cuda.max_memory_allocated()
+    return torch.cuda.max_memory_allocated() - before
 
 
 def one_by_one(race: Race, timed: bool) -> dict[str, Measured | Exception]:
@@ -173,12 +176,13 @@ def one_by_one(race: Race, timed: bool) -> dict[str, Measured | Exception]:
     expected = race.expected()
     out: dict[str, Measured | Exception] = {}
     for name, build in race.builders.items():
+        before = torch.cuda.memory_allocated()
         try:
             run = build()
             check(race.observe(run()), expected)
             if timed:
                 seconds, timing = device_seconds(run)
-                out[name] = Measured(seconds, timing, peak_bytes(run))
+                out[name] = Measured(seconds, timing, peak_bytes(run, before))
             else:
                 out[name] = Measured([], "unmeasured")
         except Exception as error:

@@ -61,7 +61,7 @@ def eager_twin(model: AlexNet) -> nn.Sequential:
 def images_and_labels(case: Case) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(1)
     images = torch.randn(case.shape, generator=generator)
-    return images.to(device()), torch.randint(1000, case.shape[:1], generator=generator).to(device())
+    return images, torch.randint(1000, case.shape[:1], generator=generator)
 
 
 def new_model(variant: str | Variant, dropout: float) -> AlexNet:
@@ -101,9 +101,9 @@ def inference_race(case: Case, names: list[str], variant: str | Variant) -> Race
         if name == "openvino":
             return providers.openvino_run(network, images, case.dtype)
         if name == "tensorrt":
-            return providers.tensorrt_run(network, images, case.dtype)
+            return providers.tensorrt_run(network, images.to(device()), case.dtype)
         pure = not (twin and device() == "cpu")
-        given = providers.placed(images, name)
+        given = providers.placed(images.to(device()), name)
         if pure:
             network, given = network.to(dtype), given.to(dtype)
         network = network.to(memory_format=providers.layout_of(name))
@@ -119,7 +119,7 @@ def inference_race(case: Case, names: list[str], variant: str | Variant) -> Race
 
     def expected() -> Expected:
         with backend.use("reference"), torch.no_grad():
-            exact = new_model(variant, 0.0).eval().double()(images[:CHECKED].double())
+            exact = new_model(variant, 0.0).eval().double()(images[:CHECKED].to(device()).double())
         return Expected((exact,), providers.TOLERANCE[case.dtype])
 
     return Race(
@@ -141,6 +141,7 @@ def training_race(
     their kernels are checked layer by layer in `test_conv_relu.py`.)
     """
     images, labels = images_and_labels(case)
+    labels = labels.to(device())
     dtype = DTYPES[case.dtype]
     pure = not update
 
@@ -156,13 +157,15 @@ def training_race(
     def expected() -> Expected:
         with tf32("fp32"), backend.use("reference"):
             model = new_model(variant, 0.0).eval()
-            return Expected(gradient(model, model, images, "reference"), GRADIENT_TOLERANCE[case.dtype], FLIPPED)
+            return Expected(
+                gradient(model, model, images.to(device()), "reference"), GRADIENT_TOLERANCE[case.dtype], FLIPPED
+            )
 
     def build(name: str) -> Run:
         model: Any = new_model(variant, dropout)
         if not name.startswith("fastalex"):
             model = eager_twin(model)
-        given = providers.placed(images, name)
+        given = providers.placed(images.to(device()), name)
         if pure:
             model, given = model.to(dtype), given.to(dtype)
         model = model.to(memory_format=providers.layout_of(name))

@@ -76,7 +76,7 @@ def rates(result: Result, names: Sequence[str]) -> Figure | None:
 
 
 def memory(result: Result, names: Sequence[str]) -> Figure | None:
-    """Peak of allocated device memory, in GB."""
+    """The most device memory that each provider held, in GB."""
     cases = [case for case in result["cases"] if "peak_bytes" in case]
     if not cases:
         return None
@@ -86,7 +86,7 @@ def memory(result: Result, names: Sequence[str]) -> Figure | None:
         points = [(case["peak_bytes"] / 1e9, groups.index(case["group"])) for case in cases if case["provider"] == name]
         if points:
             axes.plot(*zip(*points, strict=True), "o", markersize=5, label=name)
-    axes.set(xscale="log", xlabel="GB, inputs and model included")
+    axes.set(xscale="log", xlabel="GB: inputs, parameters, and what a run allocates")
     axes.legend(fontsize=8)
     return figure
 

@@ -92,9 +92,13 @@ class StandIn:
     def reset_peak_memory_stats(self):
         self.runs_before = self.runs
 
+    def memory_allocated(self):
+        """1 MB that lay there before."""
+        return 1_000_000
+
     def max_memory_allocated(self):
-        """7 MB per run since the reset."""
-        return 7_000_000 * (self.runs - self.runs_before)
+        """And 7 MB per run since the reset."""
+        return 1_000_000 + 7_000_000 * (self.runs - self.runs_before)
 
     def empty_cache(self):
         pass
@@ -106,7 +110,7 @@ class StandIn:
         monkeypatch.setattr(driver, "_active", self)
         for name in (
             "CUDAGraph", "graph", "Stream", "current_stream", "stream", "synchronize", "reset_peak_memory_stats",
-            "max_memory_allocated", "empty_cache",
+            "memory_allocated", "max_memory_allocated", "empty_cache",
         ):  # fmt: skip
             monkeypatch.setattr(torch.cuda, name, getattr(self, name))
 
