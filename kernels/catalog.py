@@ -7,13 +7,13 @@ The geometries are data here, because kernels know no models; a test runs each m
 """
 
 import contextlib
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
 from triton.runtime.jit import KernelInterface
 
-from . import augment, bias_relu, conv_relu, lrn, lrn_max_pool, max_pool, relu_bias_grad, space_to_depth
+from . import augment, bias_relu, conv_backward, conv_relu, lrn, lrn_max_pool, max_pool, relu_bias_grad, space_to_depth
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 LAYOUTS = {"channels_last": torch.channels_last, "nchw": torch.contiguous_format}
@@ -154,6 +154,11 @@ class ConvEntry:
         return 2 * self.channels // self.groups * self.kernel**2
 
     @property
+    def shape(self):
+        """What all forms and dtypes of a layer have in common: the fields from `variant` to `groups`."""
+        return tuple(getattr(self, field.name) for field in fields(self)[:9])
+
+    @property
     def geometry(self):
         """Stride, padding, dilation and groups as the launcher takes them."""
         return (self.stride,) * 2, ((self.padding,) * 2,) * 2, (1, 1), self.groups
@@ -173,6 +178,35 @@ class ConvEntry:
     def call(self, batch=None, device="meta"):
         x, weight, bias = self.tensors(batch, device)
         conv_relu.conv_relu(x, weight, bias, *self.geometry, form=self.form, precision=self.precision)
+
+
+@dataclass(frozen=True)
+class ConvGradEntry(ConvEntry):
+    """One call of a launcher of `conv_backward`; elements are those of the output, whose gradient comes in.
+
+    form: "input_grad", with the mask of a ReLU below and the partial sums of its bias gradient, or "weight_grad", or
+    one of them followed by "_descriptors".
+    """
+
+    operation: str = "conv_backward"
+    direction: str = "backward"
+
+    @property
+    def grad(self):
+        return self.form.removesuffix("_descriptors")
+
+    def call(self, batch=None, device="meta"):
+        x, weight, _ = self.tensors(batch, device)
+        grad = torch.zeros(x.shape[0], self.features, self.out_side, self.out_side, dtype=x.dtype, device=device)
+        grad = grad.contiguous(memory_format=torch.channels_last)
+        options = {"descriptors": self.form != self.grad, "precision": self.precision}
+        if self.grad == "input_grad":
+            _, partials = conv_backward.conv_input_grad(
+                grad, weight, x.shape[2:], *self.geometry, relu_output=x, bias_partials=True, **options
+            )
+            relu_bias_grad.sum_partials(partials)
+        else:
+            conv_backward.conv_weight_grad(grad, x, weight.shape[2:], *self.geometry, **options)
 
 
 @dataclass(frozen=True)
@@ -360,6 +394,19 @@ ENTRIES |= {
     if form != "descriptors" or base.channels > 3
     for dtype, precision in [("fp16", "ieee"), ("bf16", "ieee"), ("fp32", "ieee"), ("fp32", "tf32")]
     for entry in [replace(base, form=form, dtype=dtype, precision=precision)]
+}
+
+# fp32 products with descriptors are refused: they spill
+ENTRIES |= {
+    entry.name: entry
+    for base in CONV_LAYERS
+    if base.channels > 3
+    for form in ("input_grad", "input_grad_descriptors", "weight_grad", "weight_grad_descriptors")
+    # nobody needs the gradient of the images
+    if not (base.layer == "conv1_space_to_depth" and form.startswith("input_grad"))
+    for dtype, precision in [("fp16", "ieee"), ("bf16", "ieee"), ("fp32", "ieee"), ("fp32", "tf32")]
+    if not (form.endswith("descriptors") and (dtype, precision) == ("fp32", "ieee"))
+    for entry in [ConvGradEntry(*base.shape, form=form, dtype=dtype, precision=precision)]
 }
 
 ENTRIES |= {entry.name: entry for block in (1, 4) for dtype in DTYPES for entry in [AugmentEntry(block, dtype)]}

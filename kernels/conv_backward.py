@@ -431,6 +431,9 @@ def input_grad_tile(images, channels, outputs, dtype, descriptors, precision):
 def weight_grad_tile(images, channels, outputs, dtype, descriptors, precision):
     """The tile of conv_weight_grad for `channels` input and `outputs` output channels per group."""
     rows = dividing_power_of_2(outputs, 128) if outputs % NARROWEST == 0 else power_of_2(outputs, 64)
+    if outputs > 32 and capability() in (90, 100):
+        # less goes to the matrix instructions of sm_80, at half the speed or less: padding 96 to 128 costs a quarter
+        rows = max(rows, 64)
     depth = power_of_2(images, depth_limit(dtype, precision))
     return make_tile(rows, split_tile(channels, 128), depth, dtype, descriptors)
 

@@ -126,9 +126,33 @@ def count_convolution(entry):
     ]
 
 
+def count_gradient(entry):
+    """Bytes of each launch of a convolution's gradient, counted as in `count_convolution`."""
+    x, weight, _ = entry.tensors()
+    y = entry.image_elements * entry.batch
+    size = x.element_size()
+    x_bytes, weight_bytes, y_bytes = (sectors(count, size) for count in (x.numel(), weight.numel(), y))
+    found = list(catalog.launches(entry))
+    if entry.grad == "input_grad":
+        # y of the mask is as large as dx; the partial sums are summed by the second launch
+        partials = found[1].argument("count") * entry.channels * 4
+        moved = [(y_bytes + weight_bytes + x_bytes, x_bytes + partials), (partials, entry.channels * 4)]
+    elif len(found) == 1:
+        moved = [(y_bytes + x_bytes, weight_bytes)]
+    else:
+        parts = found[1].argument("SPLITS") * weight.numel() * 4
+        moved = [(y_bytes + x_bytes, parts), (parts, weight_bytes)]
+    return [
+        {"kernel": launch.name, "read": read / y, "written": written / y}
+        for launch, (read, written) in zip(found, moved, strict=True)
+    ]
+
+
 def count(name):
     """DRAM bytes that each launch of an entry reads and writes, per element of the entry's largest tensor."""
     entry = catalog.ENTRIES[name]
+    if isinstance(entry, catalog.ConvGradEntry):
+        return count_gradient(entry)
     if isinstance(entry, catalog.ConvEntry):
         return count_convolution(entry)
     image = entry.side > 1

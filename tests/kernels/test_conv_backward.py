@@ -145,6 +145,18 @@ def test_mask_and_partial_sums(case, dtype, descriptors):
         assert_matches(sums, bias.double(), terms=2 * terms, magnitude=(size * open_).sum((0, 2, 3)))
 
 
+@pytest.mark.parametrize("descriptors", [False, True])
+def test_the_sum_is_taken_before_rounding(descriptors):
+    """128 times 1 + 2^-12, which fp16 rounds to 1."""
+    grad = last(torch.ones(2, 16, 8, 8, dtype=torch.float16))
+    weight = torch.zeros(16, 16, 1, 1, dtype=torch.float16)
+    weight[0] = 1
+    weight[1] = 2.0**-12
+    dx, partials = conv_input_grad(grad, weight, (8, 8), bias_partials=True, descriptors=descriptors)
+    assert torch.equal(dx, torch.ones_like(dx))
+    assert torch.equal(sum_partials(partials), torch.full((16,), 128 * (1 + 2.0**-12)))
+
+
 def test_partial_sums_without_a_mask():
     grad, weight, x, geometry = sample("odd", torch.float32)
     dx, partials = conv_input_grad(grad, weight, x.shape[2:], *geometry, bias_partials=True)

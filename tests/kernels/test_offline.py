@@ -193,7 +193,7 @@ MAIN_LOOP = {
 ALL_CONVOLUTIONS = [
     (name.removesuffix(f"/{kind}/channels_last"), kind, target)
     for name, entry in catalog.ENTRIES.items()
-    if isinstance(entry, catalog.ConvEntry)
+    if entry.operation == "conv_relu"
     for kind in ["tf32" if entry.precision == "tf32" else entry.dtype]
     for target in MATRIX
     # descriptors came with sm_90; sm_86 and sm_89 differ from sm_80 in their shared memory
@@ -240,6 +240,75 @@ def test_convolutions(name, dtype, target, answers):
     if (name, dtype, target) in MAIN_LOOP and TRITON >= (3, 8):
         instructions, number = code["main_loop"]
         assert instructions / number <= MAIN_LOOP[name, dtype, target]
+
+
+# As MAIN_LOOP; the fast tier compiles conv3's in fp16
+GRADIENT_LOOP = {
+    ("paper/conv2/conv_backward/input_grad", "fp16", "sm_80"): 3.3,
+    ("paper/conv3/conv_backward/input_grad", "fp16", "sm_80"): 2.9,
+    ("paper/conv3/conv_backward/input_grad", "fp32", "sm_80"): 1.19,
+    ("paper/conv3/conv_backward/input_grad", "tf32", "sm_80"): 2.6,
+    ("paper/conv4/conv_backward/input_grad", "fp16", "sm_86"): 2.8,
+    ("paper/conv3/conv_backward/input_grad_descriptors", "fp16", "sm_90"): 14.3,
+    ("paper/conv4/conv_backward/input_grad_descriptors", "fp16", "sm_90"): 11.4,
+    ("paper/conv3/conv_backward/input_grad_descriptors", "fp16", "sm_100"): 8.2,
+    ("paper/conv4/conv_backward/input_grad_descriptors", "fp16", "sm_100"): 7.2,
+    ("paper/conv3/conv_backward/weight_grad", "fp16", "sm_80"): 3.2,
+    ("paper/conv3/conv_backward/weight_grad", "fp32", "sm_80"): 1.2,
+    ("paper/conv3/conv_backward/weight_grad_descriptors", "fp16", "sm_90"): 28.4,
+    ("paper/conv3/conv_backward/weight_grad_descriptors", "tf32", "sm_90"): 36,
+    ("paper/conv3/conv_backward/weight_grad_descriptors", "fp16", "sm_100"): 12.9,
+    ("paper/conv3/conv_backward/weight_grad_descriptors", "fp16", "sm_120"): 2.6,
+}
+ALL_GRADIENTS = [
+    (name.removesuffix(f"/{kind}/channels_last"), kind, target)
+    for name, entry in catalog.ENTRIES.items()
+    if entry.operation == "conv_backward"
+    for kind in ["tf32" if entry.precision == "tf32" else entry.dtype]
+    for target in MATRIX
+    if not (entry.form.endswith("descriptors") and target in ("sm_80", "sm_86", "sm_89", "gfx942"))
+    and not (kind != "fp16" and target in ("sm_86", "sm_89", "gfx942"))
+    # bf16 differs from fp16 in the type of an instruction
+    and not (kind == "bf16" and target in ("sm_80", "sm_120"))
+]
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "target"),
+    [
+        pytest.param(
+            *case, marks=() if case in GRADIENT_LOOP and "conv3" in case[0] and case[1] == "fp16" else pytest.mark.slow
+        )
+        for case in dict.fromkeys([*GRADIENT_LOOP, *ALL_GRADIENTS])
+    ],
+)
+def test_gradients(name, dtype, target, answers):
+    """As the forward: matrix instructions, whole copies, memory that the target has, nothing spilt."""
+    launches = answers[name, dtype, target]
+    assert "error" not in launches
+    entry = catalog.ENTRIES[f"{name}/{dtype}/channels_last"]
+    matrix, kilobytes = MATRIX[target]
+    for code in launches:
+        assert code["spills"] == code["stack"] == 0
+        assert code["shared"] <= kilobytes * 1024
+        assert code["tensor_memory"] <= 512
+        assert not code["trap"]
+    code = launches[0]
+    assert code["products"]
+    assert all(opcode.startswith("FFMA" if dtype == "fp32" else matrix) for opcode in code["products"])
+    if target == "gfx942":
+        return
+    if entry.form.endswith("descriptors"):
+        assert code["tiles"]
+        assert not code["copies"]
+    elif not (entry.grad == "weight_grad" and dtype == "tf32" and target == "sm_90"):
+        # sm_90 takes tf32 operands along the sum only, which a weight gradient's are not: copies of one element
+        assert min(map(int, code["copies"])) == 16
+        assert min(map(int, code["loads"]), default=16) == 16
+    assert "16" in launches[-1]["stores"] or entry.grad == "input_grad"
+    if (name, dtype, target) in GRADIENT_LOOP and TRITON >= (3, 8):
+        instructions, number = code["main_loop"]
+        assert instructions / number <= GRADIENT_LOOP[name, dtype, target]
 
 
 # ---- the tools
