@@ -413,17 +413,13 @@ ENTRIES |= {entry.name: entry for block in (1, 4) for dtype in DTYPES for entry 
 
 
 def representative(dtype):
-    """The entries that differ, of training in channels_last: the paper's, and caffenet's for the LRN on its own.
-
-    Augmentation first, then in the order of the layers.
-    """
-    wanted = [("paper", layer) for layer in ("conv1", "conv2", "conv3", "conv5", "fc6")]
-    augmentation = [AugmentEntry(block, dtype) for block in (1, 4)]
-    return augmentation + [
+    """The entries that differ, of training in channels_last: the paper's, and caffenet's for the LRN on its own."""
+    wanted = [("paper", layer) for layer in ("pictures", "conv1", "conv2", "conv3", "conv5", "fc6")]
+    return [
         entry
         for entry in ENTRIES.values()
         if (entry.dtype, entry.layout) == (dtype, "channels_last")
-        and isinstance(entry, Entry)
+        and not isinstance(entry, ConvEntry)
         and entry.direction != "inference"
         and ((entry.variant, entry.layer) in wanted or (entry.variant, entry.operation) == ("caffenet", "lrn"))
     ]

@@ -60,17 +60,23 @@ def augment(
 ) -> Tensor:
     """As fastalex.kernels.augment.augment, where the arguments are described and checked; float64 besides."""
     batch, _, height, width = x.shape
-    top, left, mirrored, normals = draw(index, seed, height, width, size)
+    draws = draw(index, seed, height, width, size)
     compute = torch.float64 if dtype == torch.float64 else torch.float32
     deviation = torch.tensor(std, dtype=compute, device=x.device)
-    shift = (normals.to(compute) @ torch.tensor(axes, dtype=compute, device=x.device)) / deviation
+    shift = (draws.normals.to(compute) @ torch.tensor(axes, dtype=compute, device=x.device)) / deviation
     shift -= torch.tensor(mean, dtype=compute, device=x.device) / deviation
-    # unfold is a view of every possible crop, so that only the chosen ones are copied: (N, size, size, 3)
-    crops = x.unfold(2, size, 1).unfold(3, size, 1)[torch.arange(batch, device=x.device), :, top, left]
-    crops = torch.where(mirrored[:, None, None, None], crops.flip(3), crops).permute(0, 2, 3, 1)
-    y = torch.addcmul(shift[:, None, None, :], crops.to(compute), 1 / (255 * deviation)).to(dtype)
+    # whole rows at a time: loops over three channels would be six times as slow
+    scale, shift = (1 / (255 * deviation)).repeat(size), shift.repeat(1, size)
     (above, below), (before, behind) = padding
-    y = torch.nn.functional.pad(y, (0, 0, before, behind, above, below))
-    rows, columns = y.shape[1] // block, y.shape[2] // block
-    y = y.view(batch, rows, block, columns, block, 3).transpose(2, 3)
-    return y.reshape(batch, rows, columns, 3 * block * block).permute(0, 3, 1, 2)
+    rows, columns = (size + above + below) // block, (size + before + behind) // block
+    y = torch.empty((batch, rows, columns, 3 * block * block), dtype=dtype, device=x.device)
+    corners = zip(draws.top.tolist(), draws.left.tolist(), draws.mirrored.tolist(), strict=True)
+    for i, (top, left, mirrored) in enumerate(corners):
+        crop = x[i, :, top : top + size, left : left + size].permute(1, 2, 0)
+        crop = (crop.flip(1) if mirrored else crop).reshape(size, 3 * size).to(compute)
+        crop = torch.addcmul(shift[i], crop, scale).view(size, size, 3)
+        if block > 1:
+            crop = torch.nn.functional.pad(crop, (0, 0, before, behind, above, below))
+            crop = crop.view(rows, block, columns, 3 * block).transpose(1, 2)
+        y[i].view(crop.shape).copy_(crop)
+    return y.permute(0, 3, 1, 2)
