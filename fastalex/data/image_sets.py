@@ -8,6 +8,7 @@ augmentation (pictures of 256x256, crops of 224x224, mirror images), done on bat
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Protocol
@@ -91,6 +92,15 @@ class FashionMNIST:
             yield batch.expand(-1, self.preprocessing.channels, -1, -1), labels[chosen]
 
 
+def outlive_signals(worker: int) -> None:
+    """Ctrl-C, and schedulers, send signals to the processes that read pictures too; training wants to save first.
+
+    They end with the process that started them, whatever becomes of it.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
 class Folders:
     """Pictures in `root/train/<class>/` and `root/val/<class>/` (or `test`), read by torchvision in worker processes.
 
@@ -140,6 +150,7 @@ class Folders:
             self._splits[split],
             batch_sampler=[chosen.tolist() for chosen in indices],
             num_workers=self._workers,
+            worker_init_fn=outlive_signals,
             pin_memory=torch.cuda.is_available(),
         )
         yield from loader

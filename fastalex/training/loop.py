@@ -267,7 +267,7 @@ class Run:
         try:
             return next(pictures)
         except RuntimeError:
-            # Ctrl-C in a terminal reaches the processes that read pictures too, and ends them
+            # a signal to all processes reaches those that read pictures too, and may end them
             if self.signal is None:
                 raise
             raise Stopped(self.signal) from None

@@ -253,3 +253,31 @@ def test_the_papers_recipe_on_the_demo_set_survives_kills(tmp_path):
     finish(start("killed"))
     same_weights(tmp_path / "whole", tmp_path / "killed")
     assert metrics(tmp_path / "whole") == metrics(tmp_path / "killed")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_to_the_whole_group_spares_the_processes_that_read_pictures(tmp_path, number):
+    """As Ctrl-C in a terminal and a scheduler's end of a job reach them."""
+    pytest.importorskip("tyro")
+    trees = pytest.importorskip("trees")
+    trees.folders(tmp_path / "pictures", per_class=60, width=90, height=80)
+    arguments = ["--data", tmp_path / "pictures", "--variant", "demo", "--batch-size", "4", "--workers", "2"]
+    command = [sys.executable, "-m", "fastalex", "train", *arguments, "--device", "cpu", "--save-steps", "1"]
+    process = subprocess.Popen(
+        [*command, "--out", tmp_path / "run"],
+        cwd=HERE.parent.parent,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    while not (tmp_path / "run" / STATE).exists():
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.05)
+    os.killpg(process.pid, number)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 128 + number, output
+    assert "Traceback" not in output
+    with pytest.raises(ProcessLookupError):  # nobody is left
+        os.killpg(process.pid, 0)

@@ -67,9 +67,10 @@ def test_checkpoint_rebuilds_the_model(finished):
     assert scores.top1 == pytest.approx(history[-1]["top1"])
 
 
-@pytest.mark.parametrize("schedule", ["plateau", "step", "cosine"])
-def test_resumed_run_ends_with_the_same_weights(tmp_path, schedule):
-    recipe = changed(schedule=schedule, warmup_epochs=0.5, patience=1, step_epochs=1, lr_in_velocity=True)
+@pytest.mark.parametrize(("schedule", "amp"), [("plateau", "off"), ("step", "fp16"), ("cosine", "bf16")])
+def test_resumed_run_ends_with_the_same_weights(tmp_path, schedule, amp):
+    """Also where the state has the scale of fp16's loss in it, which the first steps halve."""
+    recipe = changed(schedule=schedule, amp=amp, warmup_epochs=0.5, patience=1, step_epochs=1, lr_in_velocity=True)
     whole, history = run(tmp_path / "whole", recipe)
     with pytest.raises(Stop):
         run(tmp_path / "stopped", recipe, save_steps=1, watcher=StopAfter(6))
@@ -183,8 +184,9 @@ def test_label_smoothing_reaches_the_loss(finished, tmp_path):
     assert history[0]["train_loss"] != finished[2][0]["train_loss"]
 
 
-def test_bf16_training_learns_as_well(tmp_path):
-    _, history = run(tmp_path, changed(epochs=20, amp="bf16"))
+@pytest.mark.parametrize("amp", ["bf16", "fp16"])
+def test_half_precision_learns_as_well(tmp_path, amp):
+    _, history = run(tmp_path, changed(epochs=20, amp=amp))
     assert history[-1]["top1"] > 0.9
 
 
