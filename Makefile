@@ -4,7 +4,7 @@ PYTHON ?= python3
 RUN := $(VENV)/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all bench kernel-table lint clean
+.PHONY: help demo test test-all bench kernel-table gallery lint clean
 
 help:
 	@echo "make demo      train a small AlexNet on real pictures and show what it learnt (results in runs/demo)"
@@ -12,6 +12,7 @@ help:
 	@echo "make test-all  all tests"
 	@echo "make bench     timings against PyTorch (results in runs/bench)"
 	@echo "make kernel-table  machine code and traffic of the kernels: docs/kernels.md, tests/kernels/baseline.json"
+	@echo "make gallery   docs/gallery.md with its pictures, experiments included"
 	@echo "make lint      ruff and mypy"
 	@echo "make clean     remove $(VENV)"
 
@@ -39,6 +40,9 @@ bench: $(VENV)/installed
 
 kernel-table: $(VENV)/installed
 	$(RUN) -m fastalex inspect --markdown docs/kernels.md --json tests/kernels/baseline.json
+
+gallery: $(VENV)/installed
+	$(RUN) docs/make_gallery.py
 
 lint: $(VENV)/installed
 	$(RUN) -m ruff check

@@ -103,7 +103,9 @@ def activation_maps(picture: Tensor, maps: Tensor, name: str, layer: str, path: 
 
     picture: uint8 (C, H, W).  maps: (K, H, W), one picture's.
     """
-    columns = ceil(len(maps) ** 0.5)
+    squarest = ceil(len(maps) ** 0.5)
+    # a full last row where a sheet of up to twice that width has one: 8x4 of 32 maps, 12x8 of 96
+    columns = next((c for c in range(squarest, 2 * squarest) if len(maps) % c == 0), squarest)
     rows = ceil(len(maps) / columns)
     figure = Figure(
         figsize=(11, 8.0 * rows * maps.shape[1] / (columns * maps.shape[2]) + 0.6), dpi=DPI, layout="constrained"
