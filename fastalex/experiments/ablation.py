@@ -45,9 +45,9 @@ class Change:
 CHANGES = {
     EVERYTHING: Change("everything", None),
     "no LRN": Change("LRN", (1.4, 1.2), "ILSVRC-2010; 2 points on CIFAR-10"),
-    "pooling 2x2": Change("overlapping pooling: 3x3, not 2x2, at stride 2", (0.4, 0.3)),
-    "one tower": Change("second tower: half the kernels but for conv5", (1.7, 1.2)),
-    "joined towers": Change("two towers: groups in conv2, 4 and 5", None, "not compared in the paper"),
+    "pooling 2x2": Change("overlapping pooling (3x3, not 2x2)", (0.4, 0.3)),
+    "one tower": Change("second tower (else half the kernels but conv5's)", (1.7, 1.2)),
+    "joined towers": Change("separate towers (groups in conv2, 4, 5)", None, "not compared in the paper"),
     "no dropout": Change("dropout", None, '"substantial overfitting" without'),
     "no augmentation": Change("random crops and mirroring", None, '"substantial overfitting" without'),
 }
@@ -236,9 +236,9 @@ def draw(found: list[Finding], settings: Settings, path: Path) -> None:
     rows = [(CHANGES[finding.change], finding.gain) for finding in found if finding.gain is not None]
     figure = Figure(figsize=(10, 0.55 * len(rows) + 1.5), dpi=DPI, layout="constrained")
     axes = figure.subplots()
-    axes.set_title(
+    figure.suptitle(
         f"What each ingredient is worth: ours on {settings.pictures}, {settings.epochs} epochs, "
-        f"{settings.seeds} seeds; the paper's on ILSVRC-2010",
+        f"{settings.seeds} seeds;\nthe paper's on ILSVRC-2010, about 90 epochs",
         fontsize=11,
     )
     for place, (about, gain) in enumerate(rows):

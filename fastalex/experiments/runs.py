@@ -6,6 +6,7 @@ import json
 import math
 import multiprocessing
 import os
+import threading
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
@@ -103,9 +104,7 @@ class Store:
                 finished(key)
             return
         context = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(
-            min(os.cpu_count() or 1, len(missing)), context, initializer=torch.set_num_threads, initargs=(1,)
-        ) as pool:
+        with ProcessPoolExecutor(min(cores(), len(missing)), context, initializer=start_worker) as pool:
             jobs = {pool.submit(run, *arguments(key)): key for key in missing}
             try:
                 for job in as_completed(jobs):
@@ -119,3 +118,16 @@ class Store:
 def cores() -> int:
     """The number that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def start_worker() -> None:
+    """One thread; and no life after the parent, whose death by a signal a waiting worker would not notice."""
+    torch.set_num_threads(1)
+
+    def follow() -> None:
+        parent = multiprocessing.parent_process()
+        if parent is not None:
+            parent.join()
+            os._exit(1)
+
+    threading.Thread(target=follow, daemon=True).start()
