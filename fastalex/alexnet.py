@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,8 +18,19 @@ import torch
 from torch import Tensor, nn
 
 from fastalex import functional as F
+from fastalex.dispatch import is_capturing
 from fastalex.functional import ResponseNorm
-from fastalex.nn import ConvReLU2d, LinearReLUDropout, LocalResponseNorm, LRNMaxPool2d, MaxPool2d, has_hooks
+from fastalex.kernels.layout import memory_format
+from fastalex.nn import (
+    ConvReLU2d,
+    LinearReLUDropout,
+    LocalResponseNorm,
+    LRNMaxPool2d,
+    MaxPool2d,
+    convolution_of,
+    has_hooks,
+)
+from fastalex.ops.common import is_watched
 
 
 @dataclass(frozen=True)
@@ -136,21 +148,26 @@ class Features(nn.Sequential):
     convolution.  A stage with a hook on one of its modules runs module by module, so that the hook sees its tensors.
     """
 
-    def forward(self, input: Tensor) -> Tensor:
+    def modules_for(self, input: Tensor) -> list[nn.Module]:
+        """The modules that this input takes: images after space-to-depth come with their padding."""
         modules = list(self)
+        if isinstance(modules[0], nn.ZeroPad2d) and input.shape[1] != modules[1].in_channels:
+            return modules[1:]
+        return modules
+
+    def forward(self, input: Tensor) -> Tensor:
+        modules = self.modules_for(input)
         i = 0
         while i < len(modules):
             if _is_fusible(modules[i : i + 3]):
                 conv: Any = modules[i]
                 pool: Any = modules[i + 2]
+                weight, geometry = convolution_of(conv, input)
                 input = F.conv2d_relu_max_pool2d(
                     input,
-                    conv.weight,
+                    weight,
                     conv.bias,
-                    conv.stride,
-                    conv.padding,
-                    conv.dilation,
-                    conv.groups,
+                    *geometry,
                     norm=getattr(pool, "norm", None),
                     kernel_size=pool.kernel_size,
                     pool_stride=pool.stride,
@@ -172,12 +189,27 @@ def _is_fusible(stage: list[nn.Module]) -> bool:
     return plain and not any(has_hooks(module) for module in stage)
 
 
+class BlockConv2d(nn.Conv2d):
+    """nn.Conv2d whose input may also come after space-to-depth; see `fastalex.nn.convolution_of`."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        weight, geometry = convolution_of(self, input)
+        return nn.functional.conv2d(input, weight, self.bias, *geometry)
+
+
 class AlexNet(nn.Module):
     """AlexNet (Krizhevsky, Sutskever, Hinton 2012): images (N, 3, 224, 224) -> logits (N, num_classes).
 
     A drop-in for `torchvision.models.AlexNet`: modules `features`, `avgpool`, `classifier` with the same positions and
     parameter names in every variant; with variant="torchvision" its state_dict loads with strict=True.
     Weights of convolutions lie in channels_last, so activations are channels_last whatever the input is.
+    Images may also come as `fastalex.kernels.space_to_depth.space_to_depth(images, 4, model.block_padding(H, W))` makes
+    them, (N, 48, 57, 57) for both sizes of crop: a data pipeline that normalises can do that in the same pass.
+
+    Inference (evaluation mode, no gradient) multiplies the last feature maps as they lie in memory with a copy of fc6's
+    weight in that order, 75 MB in half precision, made at the first call.  The copy is made again when the weight has
+    changed, and dropped by `train()` and `eval()`: only a change through `weight.data` between two inference calls
+    on a GPU would go unseen.
 
     num_classes: outputs of the last layer.
     dropout: probability of the two dropout layers.
@@ -206,10 +238,75 @@ class AlexNet(nn.Module):
             nn.init.constant_(layer.bias, bias)
 
     def forward(self, input: Tensor) -> Tensor:
-        if input.dim() != 4 or input.shape[1] != self.variant.in_channels:
-            raise ValueError(f"input must be (N, {self.variant.in_channels}, H, W), got shape {tuple(input.shape)}")
-        maps = self.features(input)
-        return self.classifier(torch.flatten(self.avgpool(maps), 1))
+        channels = [self.variant.in_channels]
+        if self.variant.convs[0].stride > 1:
+            channels.append(channels[0] * self.variant.convs[0].stride ** 2)
+        if input.dim() != 4 or input.shape[1] not in channels:
+            after = f" (or (N, {channels[1]}, H', W') after space-to-depth)" if channels[1:] else ""
+            raise ValueError(f"input must be (N, {channels[0]}, H, W), got shape {tuple(input.shape)}{after}")
+        maps = self.avgpool(self.features(input))
+        weight = self._weight_in_memory_order(maps)
+        if weight is None:
+            return self.classifier(torch.flatten(maps, 1))
+        _, fc6, *rest = list[Any](self.classifier)
+        hidden = F.linear_relu_dropout(maps.permute(0, 2, 3, 1).flatten(1), weight, fc6.bias, training=False)
+        for module in rest:
+            hidden = module(hidden)
+        return hidden
+
+    def block_padding(self, height: int, width: int) -> tuple[tuple[int, int], tuple[int, int]]:
+        """((top, bottom), (left, right)), the padding with which space-to-depth serves images of this size.
+
+        Raises ValueError for a variant whose first convolution has stride 1.
+        """
+        conv = self.variant.convs[0]
+        if conv.stride == 1:
+            raise ValueError(f'variant "{self.variant.name}" starts with stride 1: it takes images as they are')
+
+        def after(size: int) -> int:
+            windows = (size + self.variant.pad_end + 2 * conv.padding - conv.kernel_size) // conv.stride + 1
+            blocks = windows - 1 + -(-conv.kernel_size // conv.stride)
+            return blocks * conv.stride - size - conv.padding
+
+        return (conv.padding, after(height)), (conv.padding, after(width))
+
+    def train(self, mode: bool = True) -> AlexNet:
+        _in_memory_order.pop(self, None)
+        return super().train(mode)
+
+    def _weight_in_memory_order(self, maps: Tensor) -> Tensor | None:
+        """fc6's weight for maps flattened as they lie in channels_last memory; None where the plain way is due.
+
+        That is training (the flattened copy costs 37 KB of traffic per image in half precision, and again for its
+        gradient, where a permuted weight would have to follow every step), whoever watches the modules or the weight,
+        and captures: a graph would go on reading this copy after the weight has changed.
+        """
+        if torch.compiler.is_compiling() or self.training or torch.is_grad_enabled():
+            return None
+        if memory_format(maps) is not torch.channels_last:
+            return None
+        modules: list[Any] = list(self.classifier)[:2] if type(self.classifier) is nn.Sequential else []
+        if [type(m) for m in modules] not in ([nn.Identity, LinearReLUDropout], [nn.Dropout, LinearReLUDropout]):
+            return None
+        weight = modules[1].weight
+        if (
+            type(weight) is not nn.Parameter
+            or weight.is_inference()
+            or any(has_hooks(m) for m in (self.classifier, *modules))
+            or is_watched((maps, weight))
+            or is_capturing(maps)
+        ):
+            return None
+        state = (id(weight), weight._version, weight.data_ptr(), weight.shape, weight.dtype, weight.device)
+        # On a GPU comparing values would wait for it.
+        sample = weight.detach().flatten()[:: max(1, weight.numel() // 64)] if weight.is_cpu else None
+        kept = _in_memory_order.get(self)
+        if kept is None or kept[0] != state or (sample is not None and not torch.equal(sample, kept[1])):
+            with torch.inference_mode(False), torch.no_grad():
+                cells = weight.unflatten(1, (maps.shape[1], -1)).transpose(1, 2).flatten(1)
+                kept = state, None if sample is None else sample.clone(), cells
+            _in_memory_order[self] = kept
+        return kept[2]
 
     def features_at(self, input: Tensor, *layers: str) -> dict[str, Tensor]:
         """The maps after the named ReLUs ("relu1" to "relu5"), as perceptual losses want them, in one pass.
@@ -223,13 +320,17 @@ class AlexNet(nn.Module):
                 raise ValueError(f"layers must be out of {', '.join(known)}, got {layer!r}")
         found: dict[str, Tensor] = {}
         relus = iter(known)
-        for module in self.features:
+        for module in self.features.modules_for(input):
             if len(found) == len(set(layers)):
                 break
             input = module(input)
             if isinstance(module, ConvReLU2d | nn.ReLU) and (name := next(relus)) in layers:
                 found[name] = input
         return found
+
+
+# By model and not in it: copies and pickles of a model stay what they were.
+_in_memory_order: weakref.WeakKeyDictionary[AlexNet, tuple[Any, ...]] = weakref.WeakKeyDictionary()
 
 
 class AveragePoolTo(nn.AdaptiveAvgPool2d):
@@ -245,7 +346,7 @@ def _feature_modules(variant: Variant) -> list[nn.Module]:
     for conv in variant.convs:
         relu_first = variant.relu == "first" or not (conv.norm or conv.pool)
         modules.append(
-            (ConvReLU2d if relu_first else nn.Conv2d)(
+            (ConvReLU2d if relu_first else nn.Conv2d if conv.stride == 1 else BlockConv2d)(
                 channels, conv.channels, conv.kernel_size, conv.stride, conv.padding, groups=conv.groups
             )
         )

@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from fastalex import functional as F
+from fastalex.kernels.layout import fold_weight
 from fastalex.reference import IntOrPair, pair
 
 
@@ -23,13 +24,33 @@ def numeric_padding(conv: nn.Conv2d) -> tuple[int, int] | None:
     return pair(conv.padding)  # type: ignore[arg-type]
 
 
+def convolution_of(conv: nn.Conv2d, input: Tensor) -> tuple[Tensor, tuple[Any, ...]]:
+    """Weight and (stride, padding, dilation, groups) with which `conv` takes this input.
+
+    They are its own for (N, in_channels, H, W).  After `fastalex.kernels.space_to_depth.space_to_depth(images, stride,
+    padding)` the input has in_channels * stride^2 channels and the padding inside: then the weight is folded, so that
+    the gradient still arrives at `conv.weight`, and stride and padding are gone.
+    """
+    if takes_blocks(conv) and input.dim() == 4 and input.shape[1] == conv.in_channels * conv.stride[0] ** 2:
+        return fold_weight(conv.weight, conv.stride[0]), (1, 0, 1, 1)
+    return conv.weight, (conv.stride, conv.padding, conv.dilation, conv.groups)
+
+
+def takes_blocks(conv: nn.Conv2d) -> bool:
+    """Whether a convolution can take its input after space-to-depth."""
+    return conv.stride[0] == conv.stride[1] > 1 and conv.dilation == (1, 1) and conv.groups == 1
+
+
 def has_hooks(module: nn.Module) -> bool:
     """Whether somebody looks at the module's tensors, forward or backward."""
     return any((module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks))
 
 
 class ConvReLU2d(nn.Conv2d):
-    """nn.Conv2d followed by nn.ReLU: (N, C, H, W) -> (N, K, OH, OW).  padding_mode must be "zeros"."""
+    """nn.Conv2d followed by nn.ReLU: (N, C, H, W) -> (N, K, OH, OW).  padding_mode must be "zeros".
+
+    With a stride of 2 or more the input may also come after space-to-depth; see `convolution_of`.
+    """
 
     def __init__(
         self,
@@ -56,8 +77,8 @@ class ConvReLU2d(nn.Conv2d):
         self.padding = padding_numbers
 
     def forward(self, input: Tensor) -> Tensor:
-        geometry: Any = (self.stride, self.padding, self.dilation, self.groups)
-        return F.conv2d_relu(input, self.weight, self.bias, *geometry)
+        weight, geometry = convolution_of(self, input)
+        return F.conv2d_relu(input, weight, self.bias, *geometry)
 
 
 class LocalResponseNorm(nn.LocalResponseNorm):

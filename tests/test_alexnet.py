@@ -368,3 +368,258 @@ def test_custom_variant_is_data():
     )
     assert fastalex.AlexNet(5, variant=tiny)(torch.randn(2, 1, 15, 15)).shape == (2, 5)
     assert TORCHVISION.convs[0].norm is None
+
+
+# ---- images after space-to-depth
+
+
+def in_blocks(x, padding):
+    """Space to depth by 4, written out."""
+    (top, bottom), (left, right) = padding
+    x = F.pad(x, (left, right, top, bottom))
+    return torch.cat([x[:, :, i::4, j::4] for i in range(4) for j in range(4)], 1)
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_images_in_blocks(name):
+    """The same outputs and gradients in float64 from images that are padded and regrouped already, hooks or not."""
+    model = fastalex.AlexNet(4, variant=narrow(name)).double().eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.copy_(torch.randn_like(p) * (2.0 / max(p[0].numel(), 1)) ** 0.5)
+    crop = model.variant.crop
+    for height, width in ((crop, crop), (67, 90)):
+        x = torch.randn(2, 3, height, width, dtype=torch.float64) * 30
+        blocks = in_blocks(x, model.block_padding(height, width))
+        if height == crop:
+            assert blocks.shape == (2, 48, 57, 57)
+        a, b = model(x), model(blocks)
+        torch.testing.assert_close(b, a, rtol=1e-9, atol=1e-9 * a.abs().max().item())
+        weight = model.features[1 if name == "code2012" else 0].weight
+        grads = [torch.autograd.grad(out.square().sum(), weight)[0] for out in (a, b)]
+        torch.testing.assert_close(grads[1], grads[0], rtol=1e-8, atol=1e-10 * grads[0].abs().max().item())
+        for layer, maps in model.features_at(x, "relu1", "relu5").items():
+            torch.testing.assert_close(model.features_at(blocks, layer)[layer], maps)
+    seen = []
+    for module in model.features:
+        module.register_forward_hook(lambda m, i, o: seen.append(type(m)))
+    torch.testing.assert_close(model(blocks), b)
+    assert len(seen) == len(model.features) - (name == "code2012")  # without its padding
+
+
+def test_images_in_blocks_need_a_stride():
+    tiny = Variant("tiny", (Conv(8, 3, pool=3),), in_channels=1, hidden=(16, 16), features_size=4)
+    model = fastalex.AlexNet(5, variant=tiny)
+    with pytest.raises(ValueError, match='variant "tiny" starts with stride 1'):
+        model.block_padding(32, 32)
+    with pytest.raises(ValueError, match=r"\(N, 1, H, W\), got shape \(1, 16, 8, 8\)$"):
+        model(torch.randn(1, 16, 8, 8))
+    with pytest.raises(ValueError, match=r"got shape \(1, 47, 57, 57\) \(or \(N, 48, H', W'\) after space-to-depth\)"):
+        fastalex.AlexNet(4, variant=narrow("paper"))(torch.randn(1, 47, 57, 57))
+
+
+# ---- from the last maps to the first linear layer
+
+
+@pytest.fixture
+def linear_inputs(monkeypatch):
+    """The inputs of linear_relu_dropout, as AlexNet and its modules call it."""
+    from fastalex import functional
+
+    seen = []
+    plain = functional.linear_relu_dropout
+
+    def spy(input, *args, **kwargs):
+        seen.append(input)
+        return plain(input, *args, **kwargs)
+
+    monkeypatch.setattr(functional, "linear_relu_dropout", spy)
+    return seen
+
+
+def maps_of(model):
+    """A list that receives the last maps of each call."""
+    found = []
+    model.avgpool.register_forward_hook(lambda m, i, o: found.append(o))
+    return found
+
+
+@pytest.mark.parametrize("name", ["paper", "torchvision"])
+def test_inference_copies_no_maps(name, linear_inputs):
+    model = fastalex.AlexNet(4, variant=narrow(name)).eval()
+    maps, x = maps_of(model), torch.randn(3, 3, 224, 224)
+    expected = model(x).detach()
+    assert linear_inputs[0].data_ptr() != maps[0].data_ptr()
+    for mode in (torch.no_grad, torch.inference_mode):
+        with mode():
+            linear_inputs.clear(), maps.clear()
+            torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-5)
+            assert linear_inputs[0].data_ptr() == maps[0].data_ptr()
+    assert list(model.state_dict()) == list(fastalex.AlexNet(4, variant=narrow(name)).state_dict())
+    assert "_in_memory_order" not in vars(model)
+
+
+def in_place(weight):
+    weight.mul_(2)
+
+
+def through_data(weight):
+    weight.data.mul_(2)
+
+
+def copied(weight):
+    weight.copy_(weight * 2)
+
+
+@pytest.mark.parametrize("change", [in_place, through_data, copied])
+def test_inference_sees_a_changed_weight(change):
+    model = fastalex.AlexNet(4, variant=narrow("paper")).eval()
+    x = torch.randn(2, 3, 224, 224)
+    with torch.no_grad():
+        before = model(x)
+        change(model.classifier[1].weight)
+        after = model(x)
+        expected = model.classifier(torch.flatten(model.features(x), 1))
+    torch.testing.assert_close(after, expected, rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(after, before)
+
+
+def test_inference_with_other_weights():
+    """state_dict, functional_call, a new parameter, a change of dtype and evaluation mode all count."""
+    model = fastalex.AlexNet(4, variant=narrow("paper")).eval()
+    other = fastalex.AlexNet(4, variant=narrow("paper")).eval()
+    x = torch.randn(2, 3, 224, 224)
+    with torch.no_grad():
+        mine, theirs = model(x), other(x)
+        called = torch.func.functional_call(model, dict(other.named_parameters()), (x,))
+        torch.testing.assert_close(called, theirs, rtol=1e-4, atol=1e-5)
+        assert torch.equal(model(x), mine)
+        model.load_state_dict(other.state_dict())
+        assert torch.equal(model(x), theirs)
+        model.classifier[1].weight = nn.Parameter(torch.zeros_like(model.classifier[1].weight))
+        assert not torch.allclose(model(x), theirs)
+        model.load_state_dict(other.state_dict())
+        wide = model.double()(x.double())
+        torch.testing.assert_close(wide.float(), theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_evaluation_mode_drops_the_permuted_weight():
+    """For a GPU, where values are not compared."""
+    module = sys.modules["fastalex.alexnet"]
+    model = fastalex.AlexNet(4, variant=narrow("paper")).eval()
+    with torch.no_grad():
+        model(torch.randn(1, 3, 224, 224))
+    assert model in module._in_memory_order
+    copy.deepcopy(model)
+    assert len(module._in_memory_order) == 1
+    model.eval()
+    assert model not in module._in_memory_order
+
+
+def test_inference_leaves_watched_and_changed_classifiers_alone(linear_inputs):
+    model = fastalex.AlexNet(4, variant=narrow("paper")).eval()
+    maps, x = maps_of(model), torch.randn(1, 3, 224, 224)
+    shapes = []
+    hook = model.classifier[1].register_forward_hook(lambda m, i, o: shapes.append(i[0].shape))
+    with torch.no_grad():
+        expected = model(x)
+        assert shapes == [(1, 32 * 36)]
+        assert linear_inputs[0].data_ptr() != maps[0].data_ptr()
+        hook.remove()
+        torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-5)
+        model.classifier = nn.Identity()
+        assert model(x).shape == (1, 32 * 36)
+
+
+# ---- memory and candidates
+
+
+@pytest.mark.parametrize(("name", "share"), [("paper", 0.40), ("torchvision", 0.40)])
+def test_what_a_training_step_keeps_for_backward(name, share):
+    """The whole model at most this share of eager PyTorch's bytes, parameters and images not counted."""
+    model = fastalex.AlexNet(variant=name)
+    modules = [m for m in model.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
+    x = torch.randn(2, 3, 224, 224)
+
+    def eager():
+        y = x
+        for conv, data in zip(modules[:5], model.variant.convs, strict=True):
+            y = F.relu(F.conv2d(y, conv.weight, conv.bias, conv.stride, conv.padding, 1, conv.groups))
+            if data.norm:
+                y = F.local_response_norm(y, *data.norm[:4])
+            if data.pool:
+                y = F.max_pool2d(y, data.pool, data.pool_stride)
+        y = torch.flatten(y, 1)
+        for linear in modules[5:7]:
+            if model.variant.dropout_first:
+                y = F.relu(F.linear(F.dropout(y), linear.weight, linear.bias))
+            else:
+                y = F.dropout(F.relu(F.linear(y, linear.weight, linear.bias)))
+        return F.linear(y, modules[7].weight, modules[7].bias)
+
+    theirs, _ = saved_bytes(eager)
+    ours, _ = saved_bytes(lambda: model(x))
+    parameters = x.nbytes + sum(m.weight.nbytes for m in modules)
+    assert ours - parameters <= share * (theirs - parameters)
+
+
+def candidate_variant(name):
+    """Narrow, for images of 51x51, with channels that every candidate takes: multiples of 16 per group."""
+    variant = VARIANTS[name]
+    channels = (32, 64, 48, 96, 32) if name == "paper" else (16, 48, 32, 32, 16)
+    convs = [Conv(**{**vars(c), "channels": n}) for c, n in zip(variant.convs, channels, strict=True)]
+    convs[4] = Conv(**{**vars(convs[4]), "pool": 2})
+    changes = {"name": f"narrow {name}", "convs": tuple(convs), "hidden": (32, 16), "features_size": 1}
+    return Variant(**{**vars(variant), **changes})
+
+
+# form: of the forward pass.  The input gradient's candidate, and conv1's for its weight gradient.
+FORCED = {
+    "spatial": ("triton", "space_to_depth_library"),
+    "batch_tiled": ("triton", "space_to_depth_triton"),
+    "descriptors": ("triton_descriptors", "space_to_depth_descriptors"),
+    "split_k": ("triton", "space_to_depth_triton"),
+}
+
+
+@pytest.mark.parametrize("form", [pytest.param(f, marks=pytest.mark.slow if f != "spatial" else ()) for f in FORCED])
+@pytest.mark.parametrize("name", ["paper", "torchvision"])
+def test_every_triton_candidate_runs_the_model(name, form):
+    """Forward and backward with Triton's convolutions, against the reference in float64."""
+    from fastalex import dispatch
+    from fastalex.backend import explain
+
+    input_grad, conv1_grad = FORCED[form]
+    model = fastalex.AlexNet(10, variant=candidate_variant(name)).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.copy_(torch.randn_like(p) * (2.0 / max(p[0].numel(), 1)) ** 0.5)
+    x = torch.randn(2, 3, 51, 51) * 30
+    wide = copy.deepcopy(model).double()
+    precision = torch.backends.cudnn.conv.fp32_precision
+    torch.backends.cudnn.conv.fp32_precision = "ieee"
+    try:
+        with (
+            fastalex.backend.use("triton"),
+            dispatch.force("conv2d_relu", f"space_to_depth_{form}", f"triton_{form}"),
+            dispatch.force("conv2d_input_grad", input_grad, "triton"),
+            dispatch.force("conv2d_weight_grad", conv1_grad, input_grad, "triton"),
+        ):
+            lines = [line for line in explain(model, x).splitlines() if ": conv2d" in line]
+            forward = [line for line in lines if ": conv2d_relu by" in line]
+            assert [f"by space_to_depth_{form}" in line for line in forward] == [True] + [False] * 4
+            assert all(f"by triton_{form}" in line for line in forward[1:])
+            assert sum(f"conv2d_input_grad by {input_grad} " in line for line in lines) >= 4
+            assert [f"conv2d_weight_grad by {conv1_grad} " in line for line in lines[1::3]] == [True] + [False] * 4
+            assert all(f"conv2d_weight_grad by {input_grad} " in line for line in lines[4::3])
+            output = model(x)
+            grads = torch.autograd.grad(output.square().sum(), list(model.parameters()))
+    finally:
+        torch.backends.cudnn.conv.fp32_precision = precision
+    with fastalex.backend.use("reference"):
+        expected = wide(x.double())
+        expected_grads = torch.autograd.grad(expected.square().sum(), list(wide.parameters()))
+    # unit roundoff of float32 times the longest sum, as in test_triton_kernels_run_the_model
+    bound = 2.0**-24 * 9216 / 4
+    for a, b in zip((output, *grads), (expected, *expected_grads), strict=True):
+        torch.testing.assert_close(a.double(), b, rtol=0, atol=bound * b.abs().max().item())

@@ -117,14 +117,14 @@ def call(op: Any, *args: Any) -> Any:
         )
     if torch._C._are_functorch_transforms_active():
         return op.transformed(*args)
-    if _is_watched(args):
+    if is_watched(args):
         return op(*args)
     if torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args):
         return op.recorded(*args)
     return op.plain(*args)
 
 
-def _is_watched(args: tuple[Any, ...]) -> bool:
+def is_watched(args: tuple[Any, ...]) -> bool:
     """Whether a mode, a tracer or a tensor subclass must see the operator as one call."""
     if torch._C._len_torch_dispatch_stack() > 0 or torch.jit.is_tracing():
         return True

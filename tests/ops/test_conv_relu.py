@@ -6,8 +6,9 @@ import torch.nn.functional as torch_functional
 from operator_checks import LAYOUTS, MODES, check_against_reference, check_citizenship, tensor
 from tolerances import assert_matches
 
-from fastalex import backend, ops
+from fastalex import backend, dispatch, ops
 from fastalex import functional as F
+from fastalex.ops.conv_candidates import CONV2D_INPUT_GRAD, CONV2D_RELU, CONV2D_WEIGHT_GRAD
 
 GEOMETRY = {"stride": (1, 2), "padding": (1, 0), "groups": 2}
 NORM = F.ResponseNorm(5, 0.5, 0.75, 2.0)
@@ -146,3 +147,137 @@ def test_mixed_dtypes_and_devices():
         conv(x, w.half(), b)
     with pytest.raises(RuntimeError, match="bias is on meta but input is on cpu"):
         conv(x, w, b.to("meta"))
+
+
+# ---- the candidates
+
+
+@pytest.fixture(autouse=True)
+def exact_products():
+    """Products of fp32 in fp32: TF32 has other bounds."""
+    settings = torch.backends.cudnn.conv
+    before, settings.fp32_precision = settings.fp32_precision, "ieee"
+    yield
+    settings.fp32_precision = before
+
+
+FORCED = [
+    (operation.name, name)
+    for operation in (CONV2D_RELU, CONV2D_WEIGHT_GRAD, CONV2D_INPUT_GRAD)
+    for name in operation.candidates
+    if name != "cudnn_convolution_relu"  # needs cuDNN
+]
+
+
+def problem(name):
+    """(x, w, b) and the geometry of a layer that this candidate takes, with a rest and a border."""
+    if name.startswith("space_to_depth"):  # conv1: images as they come
+        x, w, geometry = (2, 3, 10, 13), (16, 3, 7, 5), (4, (2, 1), 1, 1)
+    elif name.endswith("descriptors"):
+        x, w, geometry = (3, 32, 3, 4), (32, 16, 3, 2), (1, 1, 1, 2)
+    else:
+        x, w, geometry = (3, 12, 6, 4), (16, 6, 3, 2), ((2, 1), (1, 0), 1, 2)
+    image = tensor(*x, layout=torch.contiguous_format if x[1] == 3 else torch.channels_last)
+    return (image, tensor(*w, layout=torch.channels_last, scale=0.3), tensor(w[0])), geometry
+
+
+@pytest.mark.parametrize(("operation", "name"), FORCED)
+def test_every_candidate(operation, name):
+    """Forward and backward as the reference's, in channels_last, and the same bits again."""
+    tensors, geometry = problem(name)
+    wide = [t.detach().double().abs().requires_grad_() for t in tensors]
+    output = torch_functional.conv2d(*wide, *geometry)
+    sums = [output.detach(), *torch.autograd.grad(output, wide, torch.full_like(output, 5.0))]
+
+    def conv(x, w, b):
+        return F.conv2d_relu(x, w, b, *geometry)
+
+    with backend.use("triton"), dispatch.force(operation, name):
+        assert f"{operation} by {name} (forced)" in backend.explain(conv, *tensors)
+        y, again = conv(*tensors), conv(*tensors)
+        grad = torch.randn_like(y)
+        results, twins = (
+            (y, *torch.autograd.grad(y, tensors, grad)),
+            (again, *torch.autograd.grad(again, tensors, grad)),
+        )
+    assert y.is_contiguous(memory_format=torch.channels_last)
+    assert all(torch.equal(a, b) for a, b in zip(results, twins, strict=True))
+    wide = [t.detach().double().requires_grad_() for t in tensors]
+    expected = torch.relu(torch_functional.conv2d(*wide, *geometry))
+    wanted = (expected, *torch.autograd.grad(expected, wide, grad.double()))
+    terms = max(tensors[1][0].numel(), y[:, 0].numel()) + 1
+    for a, b, magnitude in zip(results, wanted, sums, strict=True):
+        assert_matches(a.detach(), b.detach(), terms=terms, magnitude=magnitude)
+
+
+def test_a_stage_takes_the_candidate():
+    tensors, geometry = problem("space_to_depth")
+    with backend.use("triton"), dispatch.force("conv2d_relu", "space_to_depth_split_k"):
+        stage = F.conv2d_relu_max_pool2d(*tensors, *geometry, kernel_size=2)
+        assert torch.equal(stage, torch_functional.max_pool2d(F.conv2d_relu(*tensors, *geometry), 2, 2))
+
+
+@pytest.mark.parametrize(
+    ("image", "kernel", "stride", "padding"),
+    [((227, 227), 11, 4, 0), ((224, 224), 11, 4, 2), ((25, 33), 3, 2, 1), ((17, 18), 8, 8, 4), ((30, 29), 11, 4, 0)],
+    ids=str,
+)
+def test_space_to_depth_covers_every_rest(image, kernel, stride, padding):
+    """What the windows leave over at the bottom and the right is cropped or padded: sizes of conv1, and others."""
+    x = torch.randn(1, 3, *image)
+    w = torch.randn(8, 3, kernel, kernel).to(memory_format=torch.channels_last)
+    with backend.use("triton"), dispatch.force("conv2d_relu", "space_to_depth_library"):
+        y = F.conv2d_relu(x, w, None, stride, padding)
+    expected = torch_functional.conv2d(x.double(), w.double(), None, stride, padding)
+    magnitude = torch_functional.conv2d(x.double().abs(), w.double().abs(), None, stride, padding)
+    assert_matches(y, torch.relu(expected), terms=3 * kernel**2, magnitude=magnitude)
+
+
+@pytest.mark.parametrize(
+    ("operation", "name", "x", "w", "geometry", "reason"),
+    [
+        ("conv2d_relu", "triton_spatial", (1, 8, 5, 5), (8, 8, 3, 3), (1, 1, 1, 1), "takes channels_last"),
+        ("conv2d_relu", "space_to_depth_library", (1, 3, 8, 8), (8, 3, 3, 3), (3, 0, 1, 1), "a power of two above 1"),
+        ("conv2d_relu", "space_to_depth_library", (1, 3, 9, 9), (8, 3, 2, 2), (2, 0, 2, 1), "dilation 1 and one group"),
+        ("conv2d_relu", "space_to_depth_library", (1, 99, 8, 8), (8, 99, 2, 2), (2, 0, 1, 1), "at most 64 channels"),
+        ("conv2d_relu", "space_to_depth_library", (1, 3, 8, 8), (8, 3, 2, 2), (2, 0, 1, 1), "takes channels_last"),
+        ("conv2d_relu", "cudnn_convolution_relu", (1, 8, 5, 5), (8, 8, 3, 3), (1, 1, 1, 1), "needs cuDNN"),
+    ],
+)
+def test_what_a_candidate_refuses(operation, name, x, w, geometry, reason):
+    x, w = torch.randn(x), torch.randn(w)
+    with backend.use("triton"), dispatch.force(operation, name), pytest.raises(RuntimeError, match=reason):
+        F.conv2d_relu(x, w, None, *geometry)
+
+
+def test_cublaslts_epilogue_needs_a_gpu():
+    x, w = torch.ones(2, 8), torch.ones(4, 8)
+    forced = dispatch.force("linear_relu", "cublaslt_epilogue")
+    with backend.use("triton"), forced, pytest.raises(RuntimeError, match="cublaslt_epilogue: needs a GPU"):
+        F.linear_relu_dropout(x, w, p=0.0)
+
+
+def test_images_take_space_to_depth_and_other_layers_the_library():
+    last = {"memory_format": torch.channels_last}
+    for channels, stride, expected in ((3, 4, "space_to_depth_library"), (3, 1, "library"), (8, 2, "library")):
+        x, w = torch.randn(1, channels, 16, 16), torch.randn(8, channels, 3, 3).to(**last)
+        args = (x, w, None, [stride] * 2, [0, 0], [1, 1], 1)
+        assert dispatch.choose(CONV2D_RELU, *args).candidate.name == expected
+    # in memory that nobody made channels_last nothing is regrouped
+    args = (torch.randn(1, 3, 16, 16), torch.randn(8, 3, 3, 3), None, [4, 4], [0, 0], [1, 1], 1)
+    assert dispatch.choose(CONV2D_RELU, *args).candidate.name == "library"
+
+
+def test_a_wrong_candidate_is_noticed(monkeypatch):
+    """A convolution without its last tap: the comparison with the reference sees it."""
+    right = CONV2D_RELU.candidates["library"]
+
+    def without_last_tap(x, w, *rest):
+        taps = torch.ones_like(w)
+        taps[..., -1, -1] = 0
+        return right.run(x, w * taps, *rest)
+
+    wrong = dispatch.Candidate("library", without_last_tap, right.unsupported)
+    monkeypatch.setitem(CONV2D_RELU.candidates, "library", wrong)
+    with pytest.raises(AssertionError, match="elements differ"):
+        test_every_candidate("conv2d_relu", "library")
