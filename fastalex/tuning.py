@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from fastalex import dispatch
 from fastalex.dispatch import Measurement
+from fastalex.ops.common import device_of
 from fastalex.ops.conv_candidates import CONV2D_INPUT_GRAD
 from fastalex.ops.explanation import dispatched, operator_calls
 
@@ -33,7 +34,7 @@ def tune_model(
                 continue  # nobody needs the gradient of the images
             real = tuple(_random_like(a) if isinstance(a, Tensor) else a for a in arguments)
             for benchmark in (True, False):
-                with _cudnn_benchmark(benchmark):
+                with _cudnn_benchmark(benchmark), device_of(real[0]):
                     key = dispatch.table_key(operation, dispatch.flags(), real)
                     if key in done:
                         continue

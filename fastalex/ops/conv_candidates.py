@@ -283,8 +283,9 @@ def no_triton_input_grad(
     from fastalex.kernels.conv_backward import unsupported_input_grad
 
     return no_channels_last(input, weight) or unsupported_input_grad(
-        grad, weight, tuple(stride), both_sides(padding), tuple(dilation), groups, descriptors=descriptors
-    )
+        grad, weight, tuple(stride), both_sides(padding), tuple(dilation), groups,
+        descriptors=descriptors, precision=precision(grad),
+    )  # fmt: skip
 
 
 def triton_weight_grad(
@@ -321,7 +322,7 @@ def no_triton_weight_grad(
 
     return no_channels_last(input, weight) or unsupported_weight_grad(
         grad, input, tuple(weight.shape[2:]), tuple(stride), both_sides(padding), tuple(dilation), groups,
-        descriptors=descriptors,
+        descriptors=descriptors, precision=precision(grad),
     )  # fmt: skip
 
 

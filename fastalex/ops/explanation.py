@@ -74,16 +74,15 @@ def explain(function: Callable[..., Any], *args: Any, **kwargs: Any) -> str:
         if reason is not None:
             lines.append(f"{name}: cannot run: {reason}")
             continue
-        with torch.utils._python_dispatch._disable_current_modes():
-            choices = dispatched(name, call)
-            if not choices:
-                lines.append(f"{name}: Triton kernel")
-            for operation, arguments in choices:
-                try:
-                    candidate, why = dispatch.choose(operation, *arguments)
-                    lines.append(f"{name}: {operation.name} by {candidate.name} ({why})")
-                except RuntimeError as error:
-                    lines.append(f"{name}: {error}")
+        choices = dispatched(name, call)
+        if not choices:
+            lines.append(f"{name}: Triton kernel")
+        for operation, arguments in choices:
+            try:
+                candidate, why = dispatch.choose(operation, *arguments)
+                lines.append(f"{name}: {operation.name} by {candidate.name} ({why})")
+            except RuntimeError as error:
+                lines.append(f"{name}: {error}")
     if not lines:
         lines.append(f"no operator of fastalex runs (backend {backend.current()})")
     return "\n".join(lines)

@@ -7,6 +7,7 @@ from operator_checks import MODES, check_against_reference, check_citizenship, t
 
 from fastalex import backend, ops
 from fastalex import functional as F
+from fastalex.ops.linear import LINEAR_RELU
 
 
 def inputs(dtype=torch.float32):
@@ -97,3 +98,11 @@ def test_bad_arguments():
         linear(x, w[:, 1:], b)
     with pytest.raises(ValueError, match=r"bias must have shape \(8,\)"):
         linear(x, w, b[1:])
+
+
+def test_cublaslts_epilogue_is_the_layer():
+    """Its values where it runs on a CPU; that it is refused there is another test's."""
+    x, w, b = (t.detach() for t in inputs())
+    rows = x.reshape(-1, 12)
+    found = LINEAR_RELU.candidates["cublaslt_epilogue"].run(rows, w, b)
+    torch.testing.assert_close(found, torch_functional.relu(torch_functional.linear(rows, w, b)))
