@@ -236,12 +236,14 @@ class Run:
                 labels = torch.where(torch.arange(len(labels), device=device) < counting, labels, IGNORED)
             with self.gradients_stay_here(i < self.options.accumulate - 1):
                 with torch.autocast(device.type, amp, enabled=amp is not None):
-                    loss = F.cross_entropy(
-                        self.forward(images), labels, reduction="sum", label_smoothing=recipe.label_smoothing
-                    )
+                    logits = self.forward(images)
+                    loss = F.cross_entropy(logits, labels, reduction="sum", label_smoothing=recipe.label_smoothing)
                 # DistributedDataParallel divides the sum of gradients by the number of processes
                 self.scaler.scale(loss * (self.size / batch_size)).backward()
-            total += loss.detach()
+            # the loss that is reported is comparable with the test loss
+            total += (
+                F.cross_entropy(logits.detach(), labels, reduction="sum") if recipe.label_smoothing else loss.detach()
+            )
         self.scaler.step(self.optimizer)
         self.scaler.update()
         # summed on the device: reading it here would make the host wait for every step

