@@ -240,10 +240,9 @@ class Run:
                     loss = F.cross_entropy(logits, labels, reduction="sum", label_smoothing=recipe.label_smoothing)
                 # DistributedDataParallel divides the sum of gradients by the number of processes
                 self.scaler.scale(loss * (self.size / batch_size)).backward()
-            # the loss that is reported is comparable with the test loss
-            total += (
-                F.cross_entropy(logits.detach(), labels, reduction="sum") if recipe.label_smoothing else loss.detach()
-            )
+            if recipe.label_smoothing:  # what is reported is comparable with the test loss
+                loss = F.cross_entropy(logits.detach(), labels, reduction="sum")
+            total += loss.detach()
         self.scaler.step(self.optimizer)
         self.scaler.update()
         # summed on the device: reading it here would make the host wait for every step

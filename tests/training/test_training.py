@@ -1,7 +1,6 @@
 """A miniature training run: what it writes, and that it goes on where it was stopped."""
 
 import json
-import math
 import sys
 import time
 import types
@@ -181,12 +180,11 @@ def test_another_seed_gives_other_weights(finished, tmp_path):
 
 
 def test_label_smoothing_is_trained_and_not_reported(tmp_path):
-    """Half of the target spread over four classes: the likeliest gets no more than 5/8, so the plain loss stays high."""
-    _, plain = run(tmp_path / "plain", changed(epochs=40))
-    _, smooth = run(tmp_path / "smooth", changed(epochs=40, label_smoothing=0.5))
-    assert plain[-1]["train_loss"] < 0.2
-    assert smooth[-1]["train_loss"] == pytest.approx(-math.log(5 / 8), abs=0.15)
-    assert smooth[-1]["top1"] == 1
+    (plain, before), (smooth, after) = (
+        run(tmp_path / str(share), changed(epochs=1, batch_size=70, label_smoothing=share)) for share in (0.0, 0.5)
+    )
+    assert before[0]["train_loss"] == after[0]["train_loss"]  # of one step: the same weights, the same dropout
+    assert not torch.equal(plain.classifier[6].bias, smooth.classifier[6].bias)
 
 
 @pytest.mark.parametrize("amp", ["bf16", "fp16"])
