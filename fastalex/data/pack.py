@@ -141,38 +141,45 @@ class Chunk:
     entry: Path
 
 
+def record_of(chunk: Chunk, item: Item) -> np.ndarray:
+    """Raises OSError or ValueError for a picture that cannot be read."""
+    content = sources.load(chunk.kind, chunk.root, item)
+    if isinstance(content, bytes):
+        return decode(content, chunk.size)
+    if len(content) == chunk.size:
+        return np.ascontiguousarray(content)
+    return square(Image.fromarray(content), chunk.size)
+
+
 def pack_chunk(chunk: Chunk) -> dict[str, Any]:
     """Write the chunk's records, then its entry; returns the entry."""
     digest = hashlib.sha256()
     labels, failures = [], []
     sums = np.zeros((4, 4))
-    with (chunk.folder / f"{chunk.split}.images").open("r+b") as file:
-        file.seek(chunk.first * chunk.size**2 * 3)
-        for item in chunk.items:
-            pixels, label = np.zeros((chunk.size, chunk.size, 3), np.uint8), -1
-            try:
-                content = sources.load(chunk.kind, chunk.root, item)
-                if isinstance(content, bytes):
-                    pixels = decode(content, chunk.size)
-                elif len(content) == chunk.size:
-                    pixels = np.ascontiguousarray(content)
-                else:
-                    pixels = square(Image.fromarray(content), chunk.size)
-                label = item.label
-            except (OSError, ValueError) as error:
-                reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-                if chunk.on_error == "stop":
-                    raise ValueError(
-                        f"{chunk.root / item.name}: {reason} (--on-error skip leaves such pictures out)"
-                    ) from None
-                failures.append(Failure(item.name, reason))
-            labels.append(label)
-            digest.update(pixels.data)
-            file.write(pixels.data)
-            if label >= 0:
-                sums += moments(pixels)
-        file.flush()
-        os.fsync(file.fileno())
+    path = chunk.folder / f"{chunk.split}.images"
+    try:
+        with path.open("r+b") as file:
+            file.seek(chunk.first * chunk.size**2 * 3)
+            for item in chunk.items:
+                pixels, label = np.zeros((chunk.size, chunk.size, 3), np.uint8), -1
+                try:
+                    pixels, label = record_of(chunk, item), item.label
+                except (OSError, ValueError) as error:
+                    reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+                    if chunk.on_error == "stop":
+                        raise ValueError(
+                            f"{chunk.root / item.name}: {reason} (--on-error skip leaves such pictures out)"
+                        ) from None
+                    failures.append(Failure(item.name, reason))
+                labels.append(label)
+                digest.update(pixels.data)
+                file.write(pixels.data)
+                if label >= 0:
+                    sums += moments(pixels)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:  # those of reading are failures of their picture
+        raise OSError(f"cannot write {path}: {error.strerror or error}; the same command goes on from here") from error
     entry = {
         "sha256": digest.hexdigest(),
         "labels": labels,
@@ -303,10 +310,8 @@ def pack(
             for first in range(0, len(items), CHUNK)
         ]
         entries = {chunk.entry: json.loads(chunk.entry.read_text()) for chunk in chunks if chunk.entry.exists()}
-        if on_error == "stop":
-            failed = next((failure for entry in entries.values() for failure in entry["failures"]), None)
-            if failed:
-                raise ValueError(f"{failed[0]}: {failed[1]} (skipped by an earlier run with --on-error skip)")
+        if on_error == "stop":  # what an earlier run skipped gets another chance
+            entries = {path: entry for path, entry in entries.items() if not entry["failures"]}
         resumed = sum(len(chunk.items) for chunk in chunks if chunk.entry in entries)
         missing = [chunk for chunk in chunks if chunk.entry not in entries]
         make_room(partial, plan, missing, size)

@@ -391,17 +391,34 @@ def test_damaged_pictures_are_skipped_and_listed(damaged, tmp_path, capsys):
     assert np.allclose(packed.preprocessing.mean, pixels.mean(0))
 
 
-def test_what_was_skipped_is_not_forgotten(damaged, tmp_path, small_chunks):
+def test_what_was_skipped_gets_another_chance(damaged, tmp_path, small_chunks):
     """A chunk that an earlier run packed with "skip" is not taken as sound by one with "stop"."""
 
     def stop(done, total, failures):
-        if failures:
+        if done == total:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         pack(damaged, tmp_path / "out", size=16, on_error="skip", progress=stop)
-    with pytest.raises(ValueError, match="skipped by an earlier run"):
+    with pytest.raises(ValueError, match="cannot be decoded"):
         pack(damaged, tmp_path / "out", size=16)
+    for name in ("cat/1.jpg", "dog/2.jpg"):
+        (damaged / "train" / name).write_bytes(trees.encoded(trees.picture(7)))
+    done = pack(damaged, tmp_path / "out", size=16)
+    assert done.pictures == {"train": 6, "test": 6}
+    assert done.failures == []
+    assert done.resumed >= 6
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no device that is always full")
+def test_a_disk_that_fills_up(tmp_path):
+    trees.folders(tmp_path / "in")
+    items = sources.find(tmp_path / "in").splits["train"]
+    (tmp_path / "train.images").symlink_to("/dev/full")
+    chunk = module.Chunk("folders", tmp_path / "in", tmp_path, "train", 0, items, 16, "skip", tmp_path / "entry.json")
+    with pytest.raises(OSError, match=r"cannot write .*train\.images: No space left on device"):
+        pack_chunk(chunk)
+    assert not (tmp_path / "entry.json").exists()
 
 
 def test_nothing_but_damaged_pictures(tmp_path):
@@ -531,7 +548,7 @@ def test_killed_processes(tmp_path, small_chunks, kills):
     (tmp_path / "pack.py").write_text(PACK)
     pack(tmp_path / "in", tmp_path / "whole", size=64)
     command = [sys.executable, str(tmp_path / "pack.py"), str(tmp_path / "in"), str(tmp_path / "out")]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1", "MARK": str(tmp_path)}
     progress = tmp_path / "out.partial/progress"
 
     def entries():
@@ -543,6 +560,7 @@ def test_killed_processes(tmp_path, small_chunks, kills):
         # as soon as it has got on
         while entries() < before + 5 and run.poll() is None:
             time.sleep(0.002)
+        assert not os.path.isdir("/proc") or len(workers_of(tmp_path)) >= 3
         run.send_signal(signal.SIGKILL)
         run.wait()
         assert before + 5 <= entries() < 60
@@ -559,14 +577,15 @@ def test_killed_processes(tmp_path, small_chunks, kills):
 
 
 def workers_of(folder):
-    """Processes whose open files are in a folder."""
+    """Processes that inherited MARK=folder from the command."""
     found = []
     for process in os.listdir("/proc") if os.path.isdir("/proc") else []:
         if process.isdigit() and int(process) != os.getpid():
             try:
-                files = [os.readlink(f"/proc/{process}/fd/{fd}") for fd in os.listdir(f"/proc/{process}/fd")]
+                with open(f"/proc/{process}/environ", "rb") as file:
+                    variables = file.read().split(b"\0")
             except OSError:
                 continue
-            if any(file.startswith(str(folder)) for file in files):
+            if f"MARK={folder}".encode() in variables:
                 found.append(process)
     return found
