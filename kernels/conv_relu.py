@@ -457,12 +457,13 @@ def heuristic(form, images, pixels, weight_shape, groups, dtype, precision, targ
         columns = (128, 64) if large and features % 192 == 0 else split_tile(features, 128)
         if ieee and form == "descriptors":
             # tiles of TMA lie across what FFMA reads, which takes registers: 443 spills with 128 x 128
-            return Config(rows, split_tile(features, 64), depth, 8, 3)
+            return Config(rows, split_tile(features, 64), depth, min(8, rows // 16), 3)
         # AMD has 64 KB of shared memory
         stages = 3 if target else 2
         if form == "descriptors" and target == 90:
             stages = min(4, PIPELINE_BYTES // ((rows + sum(columns)) * sum(depth) * dtype.itemsize))
-        warps = 4 if rows * sum(columns) <= FOUR_WARPS else 8
+        # 16 rows each: beyond that, warps would compute the same
+        warps = min(4 if rows * sum(columns) <= FOUR_WARPS else 8, rows // 16)
         return Config(rows, columns, depth, warps, stages, form == "descriptors" and target == 100)
 
     rows = 128
