@@ -1,9 +1,12 @@
 """Augmentation as training calls it: what it takes, that it is one operator, and what it does to pictures."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
-from fastalex import backend, ops
+from fastalex import AlexNet, backend, ops
+from fastalex.alexnet import VARIANTS
 from fastalex.cpu.augment import draw
 from fastalex.data.augmentation import augment
 from fastalex.data.preprocessing import Colours, Preprocessing
@@ -119,3 +122,17 @@ def test_refusals(images, changes, message):
     arguments = {"images": images, "indices": INDICES, "seed": 1, "preprocessing": LOOKS} | changes
     with pytest.raises(ValueError, match=message):
         augment(**arguments)
+
+
+@pytest.mark.parametrize("variant", ["paper", "code2012", "bvlc_alexnet"])
+def test_models_take_the_blocks(variant):
+    """The same features from pictures and from their blocks."""
+    narrow = replace(VARIANTS[variant], hidden=(8, 8))
+    model = AlexNet(5, variant=narrow).eval()
+    crop = narrow.crop
+    looks = Preprocessing.for_photos(3, crop)
+    images = torch.randint(0, 256, (1, 3, crop + 9, crop + 9), dtype=torch.uint8)
+    plain = augment(images, INDICES[:1], 7, looks)
+    blocks = augment(images, INDICES[:1], 7, looks, block=4, padding=model.block_padding(crop, crop))
+    with torch.no_grad():
+        torch.testing.assert_close(model.features(blocks), model.features(plain), rtol=1e-4, atol=1e-5)
