@@ -26,7 +26,7 @@ DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "fp16": torch.float16, "
 GRAPH_BELOW = 20e-6
 LEAST_ROUNDS = 10  # on a GPU
 CPU_ROUNDS = (3, 11)
-CPU_SECONDS = 2.5  # for the rounds of one case
+CPU_SECONDS = 2.0  # for the rounds of one case
 
 Run = Callable[[], Any]
 

@@ -40,7 +40,7 @@ TRAINING_CUDA = [
     for variant in VARIANTS
     for case in cases("step", ("tf32", "bf16") if variant == "paper" else ("bf16",), (128, 1024), variant)
 ] + cases("step", ("fp32",), (128,), "paper")
-TRAINING_CPU = cases("step", ("fp32", "bf16"), (16,), "paper")
+TRAINING_CPU = cases("step", ("fp32", "bf16"), (8,), "paper")
 
 
 @entries(TRAINING_CPU, TRAINING_CUDA, TRAINING)
