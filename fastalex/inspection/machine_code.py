@@ -129,7 +129,7 @@ Table = tuple[tuple[str, ...], list[list[str]]]
 
 def widths(counts: dict[str, int]) -> str:
     """'2x16 1x4': so many accesses of so many bytes."""
-    return " ".join(f"{counts[width]}x{width}" for width in sorted(counts, key=int, reverse=True))
+    return " ".join(f"{counts[width]}x{width}" for width in sorted(counts, key=int, reverse=True)) or "-"
 
 
 def _loads(row: Row) -> str:
@@ -139,7 +139,7 @@ def _loads(row: Row) -> str:
         parts.append(f"async {widths(row['copies'])}")
     if row["tiles"]:
         parts.append(f"{row['tiles']} tiles")
-    return ", ".join(part for part in parts if part)
+    return ", ".join(part for part in parts if part != "-") or "-"
 
 
 def per_product(row: Row) -> float | None:
