@@ -25,8 +25,9 @@ OPERATION = ("fastalex", "fastalex-nchw", "eager", "eager-nchw", "compile", "com
 MODEL = (*OPERATION, "fastalex-graph", "tensorrt", "onnxruntime", "openvino")
 TRAINING = ("fastalex", "eager", "eager-nchw", "compile", "compile-max-autotune")
 
-# The largest error of a correct result, relative to its largest element: rounding of inputs and of sums.
-TOLERANCE = {"fp32": 1e-5, "tf32": 5e-3, "fp16": 5e-3, "bf16": 3e-2}
+# The largest error of a correct result, relative to its largest element.  In half precision eager rounds after each of
+# some ten operations, and it is no error to be timed for that.
+TOLERANCE = {"fp32": 1e-5, "tf32": 5e-3, "fp16": 1e-2, "bf16": 6e-2}
 # The share of gradients that may go to another cell of a pooling window, because its value is equal up to rounding.
 ALMOST_TIES = {"fp32": 1e-4, "tf32": 1e-2, "fp16": 2e-2, "bf16": 1e-1}
 
