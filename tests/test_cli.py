@@ -302,3 +302,23 @@ def test_describe(capsys, tmp_path):
     with Image.open(chart) as picture:
         assert picture.width > picture.height > 300
     assert json.loads(numbers.read_text())["totals"]["parameters"] > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "options", "row"),
+    [
+        ("relu-vs-tanh", ["--threshold", "0.8", "--iterations", "40"], "tanh"),
+        ("ablation", ["--epochs", "1"], "dropout"),
+    ],
+)
+def test_experiments(name, options, row, capsys, tmp_path):
+    """In processes of their own; a second time nothing is left to do, and other settings are refused."""
+    arguments = ["experiment", name, "--seeds", "1", "--out", str(tmp_path), "--device", "cpu"]
+    for _ in range(2):
+        cli.main([*arguments, *options])
+        text = capsys.readouterr().out
+        assert row in text
+        assert all((tmp_path / file).is_file() for file in ("results.json", "table.md", "figure.png"))
+    assert "seed 1:" not in text
+    assert "other settings" in error_of(capsys, *arguments, "--seeds", "2", *options)
