@@ -216,14 +216,14 @@ class AugmentEntry:
     block: int
     dtype: str = "fp16"
     variant: str = "paper"
-    layer: str = "pictures"
     operation: str = "augment"
+    direction: str = "forward"
     layout: str = "channels_last"
     batch: int = BATCH
 
     @property
-    def direction(self):
-        return "space_to_depth" if self.block == 4 else "channels_last"
+    def layer(self):
+        return "pictures_space_to_depth" if self.block == 4 else "pictures"
 
     @property
     def name(self):
@@ -414,7 +414,8 @@ ENTRIES |= {entry.name: entry for block in (1, 4) for dtype in DTYPES for entry 
 
 def representative(dtype):
     """The entries that differ, of training in channels_last: the paper's, and caffenet's for the LRN on its own."""
-    wanted = [("paper", layer) for layer in ("pictures", "conv1", "conv2", "conv3", "conv5", "fc6")]
+    layers = ("pictures", "pictures_space_to_depth", "conv1", "conv2", "conv3", "conv5", "fc6")
+    wanted = [("paper", layer) for layer in layers]
     return [
         entry
         for entry in ENTRIES.values()

@@ -264,33 +264,33 @@ def test_a_wrong_formula_is_noticed(block):
 
 # instructions per element of the design, for fp16 on sm_90: 24 conversions, multiplications, choices between a pixel
 # and its mirror image; 24 masks more where blocks are padded; 12 packings, 6 shifts and 18 extractions of bytes
-DESIGN = {"channels_last": 8.0, "space_to_depth": 12.0}
+DESIGN = {"pictures": 8.0, "pictures_space_to_depth": 12.0}
 # bytes of a crop of 224 of 256 pixels, and of half a picture and blocks
-FLOOR = {"channels_last": 224 * 224 * 3 * 3, "space_to_depth": 224 * 224 * 3 + 57 * 57 * 48 * 2}
+FLOOR = {"pictures": 224 * 224 * 3 * 3, "pictures_space_to_depth": 224 * 224 * 3 + 57 * 57 * 48 * 2}
 
 
-IN_SECONDS = [("channels_last", "sm_90"), ("space_to_depth", "traffic")]
+IN_SECONDS = [("pictures", "sm_90"), ("pictures_space_to_depth", "traffic")]
 
 
 @pytest.mark.parametrize(
-    ("layout", "target"),
+    ("layer", "target"),
     [
-        pytest.param(layout, target, marks=() if (layout, target) in IN_SECONDS else pytest.mark.slow)
-        for layout in DESIGN
+        pytest.param(layer, target, marks=() if (layer, target) in IN_SECONDS else pytest.mark.slow)
+        for layer in DESIGN
         for target in (*offline.TARGETS, "traffic")
     ],
 )
-def test_machine_code_and_traffic(layout, target):
-    name = f"paper/pictures/augment/{layout}/fp16/channels_last"
+def test_machine_code_and_traffic(layer, target):
+    name = f"paper/{layer}/augment/forward/fp16/channels_last"
     [found] = offline.results([(name, target)])[name, target]
     if target == "traffic":
         moved = (found["read"] + found["written"]) * catalog.ENTRIES[name].image_elements
         # rows of a crop begin and end within a sector of 32 bytes
-        assert FLOOR[layout] <= moved <= FLOOR[layout] + 224 * 64 + 64
+        assert FLOOR[layer] <= moved <= FLOOR[layer] + 224 * 64 + 64
         return
     assert found["spills"] == found["stack"] == found["shared"] == 0
     if target != "gfx942":
         assert found["stores"] == {"16": 3}
         assert set(found["loads"]) == {"8", "4"}
     if target == "sm_90":
-        assert found["instructions"] <= 1.1 * DESIGN[layout]
+        assert found["instructions"] <= 1.1 * DESIGN[layer]
