@@ -288,6 +288,7 @@ class Run:
     def end_epoch(self, scores: Scores) -> Epoch:
         loss = distributed.sum_over_processes(self.loss)
         self.check_loss(loss)
+        weights = self.whole_weights()
         pictures = min(self.data.count("train"), self.steps_per_epoch * self.recipe.batch_size)
         line: Epoch = {
             "epoch": len(self.history) + 1,
@@ -304,7 +305,6 @@ class Run:
         self.history.append(line)
         self.loss = torch.zeros_like(self.loss)
         self.seconds = self.waited = 0.0
-        weights = {name: whole(p.detach()) for name, p in self.parameters().items()}
         if self.rank == 0:
             card = ModelCard(self.model.variant, self.data.classes, self.data.preprocessing, self.recipe.dropout)
             save_weights(self.folder / MODEL, weights, card)
@@ -360,15 +360,12 @@ class Run:
         """Write state.pt, after every process has contributed."""
         loss = distributed.sum_over_processes(self.loss.clone())
         self.check_loss(loss)
-        weights = {name: whole(p.detach()) for name, p in self.parameters().items()}
+        weights = self.whole_weights()
         velocity = {
             name: whole(state["momentum_buffer"]) if (state := self.optimizer.state[p]) else None
             for name, p in self.parameters().items()
         }
         if self.rank == 0:
-            # an infinite gradient can ruin the weights a step before the loss shows it
-            if not all(bool(torch.isfinite(w).all()) for w in weights.values()):
-                raise self.diverged()
             save_state(
                 self.folder / STATE,
                 recipe=self.described(),
@@ -385,6 +382,14 @@ class Run:
                 waited=self.waited,
             )
         self.saved, self.saved_step = time.perf_counter(), self.step
+
+    def whole_weights(self) -> dict[str, Tensor]:
+        """The model's, of one process; every process must ask.  Raises FloatingPointError if they are ruined."""
+        weights = {name: whole(p.detach()) for name, p in self.parameters().items()}
+        # an infinite gradient ruins them a step before the loss shows it
+        if not all(bool(torch.isfinite(w).all()) for w in weights.values()):
+            raise self.diverged()
+        return weights
 
     def load(self) -> None:
         """Go on from the state.pt that rank 0 sees.  Raises FileNotFoundError or ValueError, as `train` says."""

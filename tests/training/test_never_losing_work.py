@@ -142,10 +142,11 @@ def test_states_are_saved_every_so_many_steps_and_minutes(tmp_path):
     assert seen[1:] == [1, 2, 3]
 
 
-def test_a_diverging_run_keeps_its_last_good_state(tmp_path):
-    """The state of a step whose weights are already ruined is not written over the good one."""
+@pytest.mark.parametrize("step", [2, 4])  # within an epoch, and its last
+def test_a_diverging_run_keeps_its_last_good_state(tmp_path, step):
+    """Nothing of a step whose weights are already ruined is written over the good files."""
     run(tmp_path, changed(epochs=1))
-    good = (tmp_path / STATE).read_bytes()
+    good = [(tmp_path / name).read_bytes() for name in (STATE, MODEL)]
 
     def poison():
         with torch.no_grad():
@@ -153,10 +154,10 @@ def test_a_diverging_run_keeps_its_last_good_state(tmp_path):
 
     recipe = changed(epochs=1)
     model = AlexNet(4, recipe.dropout, variant=recipe.variant)
-    options = loop.Options(save_steps=2)
-    with pytest.raises(FloatingPointError, match=r"by step 2 of epoch 1: lower the learning rate .* earlier step"):
-        loop.train(model, Pictures(), recipe, tmp_path, options=options, watcher=AtStep(2, poison))
-    assert (tmp_path / STATE).read_bytes() == good
+    options = loop.Options(save_steps=2 if step == 2 else None)
+    with pytest.raises(FloatingPointError, match=rf"by step {step} of epoch 1: lower .* earlier step"):
+        loop.train(model, Pictures(), recipe, tmp_path, options=options, watcher=AtStep(step, poison))
+    assert [(tmp_path / name).read_bytes() for name in (STATE, MODEL)] == good
 
 
 def test_a_diverging_run_is_noticed_within_an_epoch(tmp_path, monkeypatch):
