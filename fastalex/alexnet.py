@@ -298,8 +298,7 @@ class AlexNet(nn.Module):
         ):
             return None
         state = (id(weight), weight._version, weight.data_ptr(), weight.shape, weight.dtype, weight.device)
-        # On a GPU comparing values would wait for it.
-        sample = weight.detach().flatten()[:: max(1, weight.numel() // 64)] if weight.is_cpu else None
+        sample = _sample(weight)
         kept = _in_memory_order.get(self)
         if kept is None or kept[0] != state or (sample is not None and not torch.equal(sample, kept[1])):
             with torch.inference_mode(False), torch.no_grad():
@@ -331,6 +330,11 @@ class AlexNet(nn.Module):
 
 # By model and not in it: copies and pickles of a model stay what they were.
 _in_memory_order: weakref.WeakKeyDictionary[AlexNet, tuple[Any, ...]] = weakref.WeakKeyDictionary()
+
+
+def _sample(weight: Tensor) -> Tensor | None:
+    """Some of the values, to compare; on a GPU that would wait for it."""
+    return weight.detach().flatten()[:: max(1, weight.numel() // 64)] if weight.is_cpu else None
 
 
 class AveragePoolTo(nn.AdaptiveAvgPool2d):

@@ -471,8 +471,18 @@ def copied(weight):
     weight.copy_(weight * 2)
 
 
+@pytest.fixture(params=["cpu", "gpu"])
+def where(request, monkeypatch):
+    """On a GPU the model compares versions and addresses only, never values."""
+    if request.param == "gpu":
+        monkeypatch.setattr(sys.modules["fastalex.alexnet"], "_sample", lambda weight: None)
+    return request.param
+
+
 @pytest.mark.parametrize("change", [in_place, through_data, copied])
-def test_inference_sees_a_changed_weight(change):
+def test_inference_sees_a_changed_weight(change, where):
+    if (change, where) == (through_data, "gpu"):
+        pytest.skip("not seen, as AlexNet's docstring says")
     model = fastalex.AlexNet(4, variant=narrow("paper")).eval()
     x = torch.randn(2, 3, 224, 224)
     with torch.no_grad():
@@ -484,7 +494,7 @@ def test_inference_sees_a_changed_weight(change):
     assert not torch.allclose(after, before)
 
 
-def test_inference_with_other_weights():
+def test_inference_with_other_weights(where):
     """state_dict, functional_call, a new parameter, a change of dtype and evaluation mode all count."""
     model = fastalex.AlexNet(4, variant=narrow("paper")).eval()
     other = fastalex.AlexNet(4, variant=narrow("paper")).eval()
