@@ -80,10 +80,19 @@ def rows(names: Sequence[str], targets: Sequence[str]) -> list[Row]:
                 continue
             for code, moved in zip(built, traffic, strict=True):
                 if code["kernel"] != "sum_partials_kernel":
-                    bytes_moved = moved["read"] + moved["written"]
                     flops = entry.flops if code["products"] else 0
-                    out.append({**shared, **code, "dram": bytes_moved, "flops": flops, "elements": elements})
+                    counted = {
+                        "instructions": rounded(code["instructions"]),
+                        "pipes": {pipe: rounded(number) for pipe, number in code["pipes"].items()},
+                        "dram": rounded(moved["read"] + moved["written"]),
+                    }
+                    out.append({**shared, **code, **counted, "flops": flops, "elements": elements})
     return [with_model(row) for row in out]
+
+
+def rounded(value: float | None) -> float | None:
+    """Five digits are more than a count per element means."""
+    return None if value is None else float(f"{value:.5g}")
 
 
 def with_model(row: Row) -> Row:
@@ -94,7 +103,7 @@ def with_model(row: Row) -> Row:
     elements = row["elements"]
     modelled = {
         chip.name: {
-            resource: round(1e6 * seconds, 3)
+            resource: rounded(1e6 * seconds)
             for resource, seconds in times(
                 chip,
                 pipes={pipe: number * elements for pipe, number in row["pipes"].items()},
@@ -117,7 +126,7 @@ def bound(modelled: dict[str, float]) -> str:
 # ------------------------------------------------------------------------------------------------------- tables
 COLUMNS = (
     "layer", "kernel", "dtype", "target", "registers", "spills", "shared", "tensor memory", "warps/SM", "loads",
-    "stores", "matrix product", "loop/product", "instr/el", "DRAM B/el", "issue : DRAM", "compile s",
+    "stores", "matrix product", "loop/product", "instr/el", "DRAM B/el", "issue : DRAM",
 )  # fmt: skip
 PIPE_COLUMNS = ("layer", "kernel", "dtype", "target", "fma", "alu", "xu", "lsu", "tensor", "uniform", "control")
 MODEL_COLUMNS = (
@@ -152,11 +161,14 @@ def _number(value: float | None, digits: int = 1) -> str:
 
 
 def _head(row: Row) -> list[str]:
-    return [row["layer"], row["kernel"].removesuffix("_kernel"), row["dtype"]]
+    """Layer, kernel and dtype; the form of a convolution behind its kernel, which several forms share."""
+    _, _, operation, form, *_ = row["entry"].split("/")
+    kernel = row["kernel"].removesuffix("_kernel")
+    return [row["layer"], f"{kernel} ({form})" if operation.startswith("conv_") else kernel, row["dtype"]]
 
 
 def code_table(found: Iterable[Row]) -> Table:
-    """Registers to compile time, one line per launch; a line with the reason for what did not compile."""
+    """Registers to traffic, one line per launch; a line with the reason for what did not compile."""
     lines = []
     for row in found:
         if "error" in row:
@@ -171,7 +183,7 @@ def code_table(found: Iterable[Row]) -> Table:
                 *_head(row), row["target"], str(row["registers"]), str(row["spills"] + row["stack"]),
                 str(row["shared"]), str(row["tensor_memory"]), _number(row["resident_warps"], 0), _loads(row),
                 widths(row["stores"]), " ".join(row["products"]) or "-", _number(per_product(row)),
-                _number(row["instructions"]), _number(row["dram"], 2), _number(ratio, 2), _number(row["seconds"]),
+                _number(row["instructions"]), _number(row["dram"], 2), _number(ratio, 2),
             ]
         )  # fmt: skip
     return COLUMNS, lines

@@ -1,6 +1,7 @@
 """The catalogue is what the models launch, and its kernels compile to the code that they were designed for."""
 
 from collections import Counter
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ import triton
 
 from fastalex import backend
 from fastalex.alexnet import VARIANTS, AlexNet
+from fastalex.inspection import machine_code
 from fastalex.kernels import catalog, offline, traffic
 from fastalex.kernels.bias_relu import bias_relu_
 from fastalex.kernels.registers import interpreting
@@ -309,6 +311,39 @@ def test_gradients(name, dtype, target, answers):
     if (name, dtype, target) in GRADIENT_LOOP and TRITON >= (3, 8):
         instructions, number = code["main_loop"]
         assert instructions / number <= GRADIENT_LOOP[name, dtype, target]
+
+
+# ---- the baseline: `fastalex inspect --json tests/kernels/baseline.json`
+
+BASELINE = machine_code.load(Path(__file__).with_name("baseline.json"))
+COMPILED_ANYWAY = {case for case in CASES if not is_slow(*case)} | set(MAIN_LOOP)
+
+
+def baseline_cases():
+    """(name, dtype, target) of every entry; in the fast tier those that are compiled above or in less than a second."""
+    for entry, target in dict.fromkeys((row["entry"], row["target"]) for row in BASELINE["rows"]):
+        *name, dtype, layout = entry.split("/")
+        assert layout == "channels_last"
+        case = ("/".join(name), dtype, target)
+        quick = dtype == "fp16" and name[2] in ("bias_relu", "relu_bias_grad", "lrn")
+        yield pytest.param(*case, marks=() if quick or case in COMPILED_ANYWAY else pytest.mark.slow)
+
+
+@pytest.mark.parametrize(("name", "dtype", "target"), list(baseline_cases()))
+def test_no_worse_than_the_baseline(name, dtype, target, answers):
+    """Nothing is spilt, and with the same Triton at most 5 % more instructions are issued."""
+    entry = f"{name}/{dtype}/channels_last"
+    launches = answers[name, dtype, target]
+    assert "error" not in launches
+    assert all(code["spills"] == code["stack"] == 0 for code in launches)
+    if BASELINE["triton"] == triton.__version__:
+        old = [row for row in BASELINE["rows"] if (row["entry"], row["target"]) == (entry, target)]
+        assert machine_code.regressions(old, [{"entry": entry, "target": target, **code} for code in launches]) == []
+
+
+def test_the_baseline_is_of_todays_catalogue():
+    assert {row["entry"] for row in BASELINE["rows"]} <= set(catalog.ENTRIES)
+    assert not any("error" in row for row in BASELINE["rows"])
 
 
 # ---- the tools
