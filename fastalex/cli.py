@@ -375,7 +375,12 @@ def pack(
     counts = ", ".join(f"{count:,} {split}" for split, count in packed.pictures.items())
     skipped = f"; {len(packed.failures):,} could not be read" if packed.failures else ""
     ignored = f"; {packed.ignored:,} files are no pictures" if packed.ignored else ""
-    console.print(f"wrote {target}: pictures: {counts}{skipped}{ignored}", highlight=False)
+    before = packed.resumed == sum(packed.pictures.values()) + len(packed.failures)
+    console.print(
+        f"{target} was packed before: {counts}{skipped}" if before else f"wrote {target}: {counts}{skipped}{ignored}",
+        highlight=False,
+        soft_wrap=True,
+    )
 
 
 def verify(data: Annotated[Path, tyro.conf.Positional]) -> None:

@@ -28,7 +28,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import PIL
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from fastalex.data import sources
 from fastalex.data.packed import FORMAT, META, VERSION, checksum, is_packed, read_meta
@@ -97,6 +97,8 @@ def decode(content: bytes, size: int) -> np.ndarray:
         image.load()
     except Image.DecompressionBombError as error:
         raise ValueError(f"refused, more than {MAX_PIXELS:,} pixels: {error}") from None
+    except UnidentifiedImageError:
+        raise ValueError("cannot be decoded: no picture in a format that Pillow knows") from None
     except Exception as error:  # whatever a decoder trips over in foreign bytes
         raise ValueError(f"cannot be decoded: {error or type(error).__name__}") from None
     # many photographs have damaged EXIF data, which says nothing about their pixels

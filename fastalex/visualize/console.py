@@ -93,16 +93,18 @@ class PackingBar:
         self._begun = False
 
     def __enter__(self) -> PackingBar:
-        self._progress.start()
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self._progress.stop()
+        if self._begun:
+            self._progress.stop()
 
     def __call__(self, done: int, total: int, failures: Sequence[tuple[str, str]]) -> None:
-        if not self._begun and done:
-            console.print(f"{done:,} pictures were packed before", highlight=False)
-        self._begun = True
+        if not self._begun:  # an error before that needs no bar
+            self._begun = True
+            if done:
+                console.print(f"{done:,} pictures were packed before", highlight=False)
+            self._progress.start()
         self._progress.update(self._task, completed=done, total=total)
         for picture, reason in failures:
             console.print(f"skipped {picture}: {reason}", highlight=False, markup=False, soft_wrap=True)
