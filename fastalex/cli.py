@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from json import dumps
 from pathlib import Path
@@ -567,7 +567,8 @@ def experiment_relu_vs_tanh(
 
     where = str(find_device(device))
     options: dict[str, Any] = {"threshold": threshold, "iterations": iterations, "seeds": seeds, "overwrite": overwrite}
-    relu_vs_tanh.run(out, data, device=where, **options)
+    with told_how_to_go_on():
+        relu_vs_tanh.run(out, data, device=where, **options)
     tell_results(out)
 
 
@@ -593,8 +594,20 @@ def experiment_ablation(
     """
     from fastalex.experiments import ablation
 
-    ablation.run(out, data, epochs=epochs, seeds=seeds, overwrite=overwrite, device=str(find_device(device)))
+    where = str(find_device(device))
+    with told_how_to_go_on():
+        ablation.run(out, data, epochs=epochs, seeds=seeds, overwrite=overwrite, device=where)
     tell_results(out)
+
+
+@contextlib.contextmanager
+def told_how_to_go_on() -> Iterator[None]:
+    """Ctrl-C ends an experiment with a sentence and exit code 130."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        tell("stopped; the same command, without --overwrite, goes on after the last finished run")
+        raise SystemExit(130) from None
 
 
 def tell_results(out: Path) -> None:

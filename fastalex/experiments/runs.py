@@ -6,6 +6,7 @@ import json
 import math
 import multiprocessing
 import os
+import signal
 import threading
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -104,6 +105,7 @@ class Store:
                 finished(key)
             return
         context = multiprocessing.get_context("spawn")
+        others = set(multiprocessing.active_children())
         with ProcessPoolExecutor(min(cores(), len(missing)), context, initializer=start_worker) as pool:
             jobs = {pool.submit(run, *arguments(key)): key for key in missing}
             try:
@@ -111,7 +113,9 @@ class Store:
                     self.add(jobs[job], job.result())
                     finished(jobs[job])
             except BaseException:
-                pool.shutdown(cancel_futures=True)
+                pool.shutdown(wait=False, cancel_futures=True)
+                for worker in set(multiprocessing.active_children()) - others:
+                    worker.terminate()
                 raise
 
 
@@ -121,8 +125,10 @@ def cores() -> int:
 
 
 def start_worker() -> None:
-    """One thread; and no life after the parent, whose death by a signal a waiting worker would not notice."""
+    """One thread; Ctrl-C is the parent's business; and no life after the parent, whose death by a signal a waiting
+    worker would not notice."""
     torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
     def follow() -> None:
         parent = multiprocessing.parent_process()
