@@ -25,6 +25,15 @@ def test_vmap(name):
     torch.testing.assert_close(mapped, torch.stack([function(x, *rest) for x in stacked]))
 
 
+def test_vmap_of_indices():
+    """Also what returns integers."""
+    x = torch.randn(3, 2, 4, 9, 9)
+    values, places = vmap(lambda x: fastalex.functional.max_pool2d(x, 3, 2, return_indices=True))(x)
+    expected = torch.nn.functional.max_pool2d(x.flatten(0, 1), 3, 2, return_indices=True)
+    assert torch.equal(values.flatten(0, 1), expected[0])
+    assert torch.equal(places.flatten(0, 1), expected[1])
+
+
 @pytest.mark.parametrize("name", CALLS)
 def test_func_grad_and_gradients_per_example(name):
     function, _ = CALLS[name]
