@@ -25,7 +25,7 @@ from torch import Tensor
 DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 GRAPH_BELOW = 20e-6
 LEAST_ROUNDS = 10  # on a GPU
-CPU_ROUNDS = (3, 11)
+CPU_ROUNDS = (3, 51)
 CPU_SECONDS = 2.0  # for the rounds of one case
 
 Run = Callable[[], Any]

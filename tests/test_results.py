@@ -2,6 +2,7 @@
 
 import copy
 import json
+from pathlib import Path
 
 import pytest
 
@@ -145,3 +146,9 @@ def test_a_readme_without_markers_stays_as_it_is(full, tmp_path):
     with pytest.raises(ValueError, match="must contain these two lines once each"):
         results.replace_table(readme, results.load(full))
     assert readme.read_text() == "nothing here"
+
+
+def test_the_readme_shows_the_newest_committed_result():
+    root = Path(__file__).parents[1]
+    newest = max((root / "benchmarks" / "results").glob("*-cpu.json"))
+    assert results.markdown(results.load(newest)) in (root / "README.md").read_text()
