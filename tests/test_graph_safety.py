@@ -9,8 +9,9 @@ import sys
 
 import pytest
 import torch
-from calls import CALLS, CONV
+from calls import CALLS, CONV, IMAGES, network
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
+from torch.func import functional_call
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastalex import dispatch
@@ -110,6 +111,16 @@ def test_no_host_reads_and_the_right_device(name, launches, monkeypatch):
     function, shapes = {**CALLS, **DROPOUT}[name]
     forward_and_backward(monkeypatch, function, shapes)
     assert len(launches) >= 2
+    assert set(launches) == {DEVICE}
+
+
+def test_no_host_reads_in_a_model(launches):
+    model, options = network(dropout=0.5), {"device": DEVICE, "dtype": torch.float16}
+    with FakeTensorMode(), StaysOnTheDevice(), torch.no_grad():
+        weights = {n: torch.empty_strided(p.shape, p.stride(), **options) for n, p in model.named_parameters()}
+        for training in (True, False):
+            output = functional_call(model.train(training), weights, (torch.empty(IMAGES, **options),))
+            assert output.device == DEVICE
     assert set(launches) == {DEVICE}
 
 
