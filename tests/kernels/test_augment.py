@@ -192,7 +192,7 @@ def test_pictures_at_any_address(shift):
 
 def test_no_byte_outside_of_the_pictures_is_read():
     """Crops in the corners, whose words reach beyond them: what lies there must not matter."""
-    count = 16
+    count = 6
     memory = torch.full((4 + count * 9 * 9 * 3 + 4,), 255, dtype=torch.uint8)
     index = torch.arange(count)
     for height, width, size, block, padding in [(6, 6, 4, 1, NO_PADDING), (6, 6, 5, 4, ((3, 0), (3, 0)))]:
@@ -245,6 +245,7 @@ def test_refusals(changes, message):
 def test_a_wrong_formula_is_noticed(block):
     x, index = pictures(3, 32, 32)
     padding = ((2, 2), (2, 2)) if block == 4 else NO_PADDING
+    y = check(x, index, 28, block, padding)
     for changes in (
         {"axes": [AXES[1], AXES[0], AXES[2]]},
         {"mean": MEAN[::-1]},
@@ -256,10 +257,10 @@ def test_a_wrong_formula_is_noticed(block):
             **({"x": x, "index": index, "seed": -3, "size": 28, "block": block} | changes), padding=padding
         )
         with pytest.raises(AssertionError, match="elements differ"):
-            check(x, index, 28, block, padding, truth=wrong)
+            check(x, index, 28, block, padding, function=lambda *_, **__: y, truth=wrong)
     expected, magnitude = reference(x, index, -3, 28, block, padding)
     with pytest.raises(AssertionError, match="elements differ"):
-        check(x, index, 28, block, padding, truth=(expected.flip(3), magnitude.flip(3)))
+        check(x, index, 28, block, padding, function=lambda *_, **__: y, truth=(expected.flip(3), magnitude.flip(3)))
 
 
 # instructions per element of the design, for fp16 on sm_90: 24 conversions, multiplications, choices between a pixel
