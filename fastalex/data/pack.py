@@ -187,7 +187,7 @@ def pack_chunk(chunk: Chunk) -> dict[str, Any]:
         "labels": labels,
         "failures": failures,
         # integers, and exact: 256 pictures of 4096x4096 stay below 2^53
-        "moments": sums.astype(int).tolist(),
+        "moments": sums.astype(np.int64).tolist(),
     }
     with replacing(chunk.entry) as temporary:
         temporary.write_text(json.dumps(entry))

@@ -19,6 +19,7 @@ import dataclasses
 import hashlib
 import io
 import json
+import math
 import mmap
 import os
 from collections import deque
@@ -93,7 +94,7 @@ def images_of(root: Path, split: str, meta: dict[str, Any]) -> tuple[np.ndarray,
     path = root / f"{split}.images"
     shape = (meta["splits"][split]["slots"], meta["size"], meta["size"], 3)
     with path.open("rb") as file:
-        found, wanted = os.fstat(file.fileno()).st_size, int(np.prod(shape))
+        found, wanted = os.fstat(file.fileno()).st_size, math.prod(shape)
         if found != wanted:
             raise ValueError(f"{path} has {found:,} bytes, expected {wanted:,}: it is damaged or was not copied whole")
         memory = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
