@@ -4,8 +4,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from tolerances import assert_matches
+from triton.runtime.interpreter import InterpreterBuilder
 
-from fastalex.kernels import catalog
+from fastalex.kernels import catalog, traffic
 from fastalex.kernels import conv_backward as module
 from fastalex.kernels.conv_backward import (
     conv_input_grad,
@@ -181,11 +182,10 @@ def test_images_behind_the_batch_leave_no_trace(descriptors):
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
-def test_nan_and_infinity_stay_where_they_belong(value):
+def test_nan_and_infinity_stay_where_they_belong(value, monkeypatch):
     # without padding: the reference multiplies it
-    CASES["valid"] = (3, 16, 16, (3, 4), (2, 3), (1, 1), NONE, (1, 1), 1)
+    monkeypatch.setitem(CASES, "valid", (3, 16, 16, (3, 4), (2, 3), (1, 1), NONE, (1, 1), 1))
     grad, weight, x, geometry = sample("valid", torch.float16)
-    del CASES["valid"]
     grad[1, 3, 0, 1] = value
     x[2, 5, 1, 1] = value
     check(grad, weight, x, geometry)
@@ -202,6 +202,50 @@ def test_padding_is_not_multiplied():
     grad[0, 0, 0, 0] = torch.inf
     dw = conv_weight_grad(grad, x, weight.shape[2:], *geometry)
     assert torch.equal(dw[0, 0], torch.tensor([[0, 0, 0], [0, torch.inf, torch.inf], [0, torch.inf, torch.inf]]).half())
+
+
+@pytest.mark.skipif(not interpreting(), reason="counts in the interpreter")
+@pytest.mark.parametrize("descriptors", [False, True])
+@pytest.mark.parametrize("case", ["whole tiles", "whole tiles, strided"])
+def test_only_products_of_taps_in_the_image(case, descriptors, monkeypatch):
+    """16 images and channels in 16s: a tile wastes nothing, so each pair of an output and a tap counts once."""
+    geometry = ((2, 1), SAME, (1, 2), 2) if "strided" in case else ((1, 1), SAME, (1, 1), 2)
+    monkeypatch.setitem(CASES, case, (16, 48, 48, (3, 4), (3, 3), *geometry))
+    grad, weight, x, geometry = sample(case, torch.float16)
+    flops = []
+    dot = InterpreterBuilder.create_dot
+
+    def counted(self, a, b, *rest):
+        flops.append(2 * a.data.shape[0] * a.data.shape[1] * b.data.shape[1])
+        return dot(self, a, b, *rest)
+
+    monkeypatch.setattr(InterpreterBuilder, "create_dot", counted)
+    pairs = int(convolution(torch.ones(1, 1, 3, 4), torch.ones(1, 1, 3, 3), *geometry[:-1], 1).sum())
+    expected = 2 * 16 * 48 * 48 * 2 * pairs
+    conv_input_grad(grad, weight, x.shape[2:], *geometry, descriptors=descriptors)
+    assert sum(flops) == expected
+    flops.clear()
+    conv_weight_grad(grad, x, weight.shape[2:], *geometry, descriptors=descriptors)
+    assert sum(flops) == expected
+
+
+@pytest.mark.skipif(not interpreting(), reason="counts in the interpreter")
+def test_every_sector_once(monkeypatch):
+    """What `traffic` says of the gradients in the catalogue."""
+    monkeypatch.setattr(module, "MIN_STEPS", 4)
+    grad, weight, x, geometry = sample("3x3", torch.float16)
+    with traffic.counting() as counted:
+        _, partials = conv_input_grad(grad, weight, x.shape[2:], *geometry, relu_output=x, bias_partials=True)
+        sum_partials(partials)
+        conv_weight_grad(grad, x, weight.shape[2:], *geometry)
+    x_bytes, weight_bytes, grad_bytes = (2 * t.numel() for t in (x, weight, grad))
+    parts = 3 * 2 * weight_bytes
+    assert [moved[1:] for moved in counted] == [
+        (grad_bytes + weight_bytes + x_bytes, x_bytes + 4 * partials.numel()),
+        (4 * partials.numel(), 4 * x.shape[1]),
+        (grad_bytes + x_bytes, parts),
+        (parts, weight_bytes),
+    ]
 
 
 def launched(monkeypatch, programs, *arguments):
