@@ -75,7 +75,7 @@ class Race:
 
     observe: the tensors to check, out of what a run returns.  bytes, flops: that one run must move and compute.
     calls: a run repeats its work so often, for work that is shorter than a clock can tell.  host: time the host's part
-    also on a GPU.
+    also on a GPU.  clock: `time.process_time` counts only what this process got of a shared machine.
     """
 
     builders: Mapping[str, Callable[[], Run]]
@@ -85,6 +85,7 @@ class Race:
     flops: int = 0
     calls: int = 1
     host: bool = False
+    clock: Callable[[], float] = time.perf_counter
 
 
 @dataclass
@@ -201,13 +202,13 @@ def one_by_one(race: Race, timed: bool) -> dict[str, Measured | Exception]:
 
 
 # ------------------------------------------------------------------------------------------------------- on a CPU
-def seconds_of(run: Run) -> float:
-    """What the host needs for a run.  On a GPU, its work is waited for before and after, but not measured."""
+def seconds_of(run: Run, clock: Callable[[], float] = time.perf_counter) -> float:
+    """What the host needs for a run.  On a GPU, its work is waited for before, and not measured."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
-    begin = time.perf_counter()
+    begin = clock()
     run()
-    return time.perf_counter() - begin
+    return clock() - begin
 
 
 def side_by_side(race: Race, timed: bool) -> dict[str, Measured | Exception]:
@@ -230,14 +231,15 @@ def side_by_side(race: Race, timed: bool) -> dict[str, Measured | Exception]:
         gc.collect()
         for _ in range(rounds):
             for name, run in runs.items():
-                times[name].append(seconds_of(run) / race.calls)
+                times[name].append(seconds_of(run, race.clock) / race.calls)
     for name, mine in times.items():
         ratios = {
             other: statistics.median(theirs / ours for theirs, ours in zip(times[other], mine, strict=True))
             for other in times
             if other != name and mine
         }
-        out[name] = Measured(mine, "paired" if timed else "unmeasured", ratio=ratios)
+        timing = "paired" if race.clock is time.perf_counter else "paired, CPU time"
+        out[name] = Measured(mine, timing if timed else "unmeasured", ratio=ratios)
     return out
 
 

@@ -1,11 +1,11 @@
 """The harness measures what it says: on a stand-in for a CUDA device, on a CPU, and through pytest-benchmark."""
 
-import itertools
 import json
 import os
 import statistics
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -113,38 +113,42 @@ def test_measured_rates_on_cuda(cuda, monkeypatch):
 
 def test_cpu_rounds_are_interleaved_and_ratios_paired(monkeypatch):
     order = []
-    # a machine that halves its speed with every round: the ratio of the medians would say 4 or 1
-    clock = itertools.count()
-    factor = {"fastalex": 1, "eager": 2}
+    # in turn, after one run of each; the ratio of the medians would be 1
+    times = iter([1, 1, *(1, 2), *(10, 10), *(100, 300)])
 
-    def timed(run):
-        name = run()
-        return factor[name] * 2.0 ** (next(clock) // 2)
-
-    def runner(name):
-        def run():
-            order.append(name)
-            return name
-
-        return run
+    def timed(run, *_):
+        run()
+        return next(times)
 
     monkeypatch.setattr(harness, "seconds_of", timed)
-    monkeypatch.setattr(harness, "CPU_ROUNDS", (5, 5))
+    monkeypatch.setattr(harness, "CPU_ROUNDS", (3, 3))
+    names = ["fastalex", "eager"]
     race = Race(
-        {name: (lambda name=name: runner(name)) for name in factor}, lambda: Expected((), 0.0), observe=lambda out: ()
+        {name: (lambda name=name: lambda: order.append(name)) for name in names},
+        lambda: Expected((), 0.0),
+        observe=lambda out: (),
     )
     found = harness.measure(race, "cpu")
-    assert order == 7 * ["fastalex", "eager"]  # once to check, once to know how long it takes, five rounds
+    assert order == 5 * names  # once to check, once to know how long it takes, three rounds
+    assert found["fastalex"].seconds == [1, 10, 100]
     assert found["fastalex"].ratio == {"eager": 2.0}
     assert found["eager"].ratio == {"fastalex": 0.5}
     assert found["fastalex"].timing == "paired"
 
 
 def test_calls_of_a_run_share_its_time(monkeypatch):
-    monkeypatch.setattr(harness, "seconds_of", lambda run: 5.0)
+    monkeypatch.setattr(harness, "seconds_of", lambda run, clock=None: 5.0)
     race = Race({"fastalex": lambda: lambda: torch.ones(1)}, ones, calls=50, host=True)
     # the host's time is taken as on a CPU, wherever the work is
     assert harness.measure(race, "cuda")["fastalex"].seconds == [0.1] * harness.CPU_ROUNDS[0]
+
+
+def test_a_race_may_count_cpu_time():
+    """A run that sleeps takes none."""
+    run = Race({"fastalex": lambda: lambda: time.sleep(0.02) or torch.ones(1)}, ones, clock=time.process_time)
+    measured = harness.measure(run, "cpu")["fastalex"]
+    assert measured.timing == "paired, CPU time"
+    assert measured.median < 0.01
 
 
 def test_untimed_races_only_check():
