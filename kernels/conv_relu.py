@@ -447,23 +447,28 @@ def heuristic(form, images, pixels, weight_shape, groups, dtype, precision, targ
     large = target in (90, 100) and not ieee
     # 128 bytes of a row, the widest swizzle; products without tensor cores reread shared memory and gain nothing
     depth = split_tile(channels, 16 if ieee else 128 // dtype.itemsize)
+    # products without tensor cores need registers for their factors, too
+    four_warps = 64 * 64 if ieee else FOUR_WARPS
 
     if form in ("batch_tiled", "descriptors"):
         # powers of two: what is compiled does not follow every batch
         rows = min(128, max(128 if large else 16, triton.next_power_of_2(images)))
-        # L2 to shared memory, bytes per multiply-add: 256 x 128 needs 3/4 of 128 x 128, and 256 x 192 7/12
-        if large and dtype.itemsize == 2 and triton.cdiv(images, 256) * 2 <= triton.cdiv(images, 128):
-            rows = 256
         columns = (128, 64) if large and features % 192 == 0 else split_tile(features, 128)
+        # L2 to shared memory, bytes per multiply-add: 256 x 128 needs 3/4 of 128 x 128, and 256 x 192 7/12.  Twice
+        # the threads would halve the copies of a narrow tile of weights, which TMA does not mind.
+        wide = form == "descriptors" or sum(columns) >= 128
+        if large and wide and dtype.itemsize == 2 and triton.cdiv(images, 256) * 2 <= triton.cdiv(images, 128):
+            rows = 256
         if ieee and form == "descriptors":
             # tiles of TMA lie across what FFMA reads, which takes registers: 443 spills with 128 x 128
-            return Config(rows, split_tile(features, 64), depth, min(8, rows // 16), 3)
+            columns = split_tile(features, 32 if features % 64 else 64)
+            return Config(rows, columns, depth, min(8, rows // 16), 3)
         # AMD has 64 KB of shared memory
         stages = 3 if target else 2
         if form == "descriptors" and target == 90:
             stages = min(4, PIPELINE_BYTES // ((rows + sum(columns)) * sum(depth) * dtype.itemsize))
         # 16 rows each: beyond that, warps would compute the same
-        warps = min(4 if rows * sum(columns) <= FOUR_WARPS else 8, rows // 16)
+        warps = min(4 if rows * sum(columns) <= four_warps else 8, rows // 16)
         return Config(rows, columns, depth, warps, stages, form == "descriptors" and target == 100)
 
     rows = 128
@@ -478,7 +483,7 @@ def heuristic(form, images, pixels, weight_shape, groups, dtype, precision, targ
         parts = max(1, min(triton.cdiv(ENOUGH_PROGRAMS, programs), steps // MIN_STEPS))
         # as many as there are, none empty
         parts = triton.cdiv(steps, triton.cdiv(steps, parts))
-    warps = 4 if rows * sum(columns) <= FOUR_WARPS else 8
+    warps = 4 if rows * sum(columns) <= four_warps else 8
     # a fourth tile of 128 x 192 would be too much for the 99 KB of sm_86, sm_89 and sm_120
     stages = (4 if sum(columns) <= 128 else 3) if target else 2
     return Config(rows, columns, depth, warps, stages, parts=parts)
@@ -643,6 +648,9 @@ def conv_relu(
         out = y
         if config.parts > 1:
             out = torch.empty((config.parts, pixels, k), dtype=torch.float32, device=x.device)
+        if config.num_warps == 4 and capability():
+            # without a number ptxas spills a few registers of four warps to make room for programs that do not exist
+            constants["maxnreg"] = 255
         conv_relu_spatial_kernel[(column_tiles * config.parts * triton.cdiv(pixels, config.rows),)](
             x, weight, bias, out, pixels, h, w, oh, ow, h * w * xc, **constants, PARTS=config.parts
         )
