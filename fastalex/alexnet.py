@@ -12,7 +12,7 @@ import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -292,20 +292,25 @@ class AlexNet(nn.Module):
         if (
             type(weight) is not nn.Parameter
             or weight.is_inference()
-            or any(has_hooks(m) for m in (self.classifier, *modules))
+            or any(m.training or has_hooks(m) for m in (self.classifier, *modules))
             or is_watched((maps, weight))
             or is_capturing(maps)
         ):
             return None
-        state = (id(weight), weight._version, weight.data_ptr(), weight.shape, weight.dtype, weight.device)
+        state = (weight._version, weight.data_ptr(), weight.shape, weight.dtype, weight.device)
         sample = _sample(weight)
         kept = _in_memory_order.get(self)
-        if kept is None or kept[0] != state or (sample is not None and not torch.equal(sample, kept[1])):
+        if (
+            kept is None
+            or kept.weight() is not weight
+            or kept.state != state
+            or (sample is not None and not torch.equal(sample, kept.sample))
+        ):
             with torch.inference_mode(False), torch.no_grad():
-                cells = weight.unflatten(1, (maps.shape[1], -1)).transpose(1, 2).flatten(1)
-                kept = state, None if sample is None else sample.clone(), cells
-            _in_memory_order[self] = kept
-        return kept[2]
+                permuted = weight.unflatten(1, (maps.shape[1], -1)).transpose(1, 2).flatten(1)
+                sample = None if sample is None else sample.clone()
+            kept = _in_memory_order[self] = _Permuted(weakref.ref(weight), state, sample, permuted)
+        return kept.permuted
 
     def features_at(self, input: Tensor, *layers: str) -> dict[str, Tensor]:
         """The maps after the named ReLUs ("relu1" to "relu5"), as perceptual losses want them, in one pass.
@@ -328,8 +333,17 @@ class AlexNet(nn.Module):
         return found
 
 
+class _Permuted(NamedTuple):
+    """fc6's weight in the order of channels_last maps, and what says that it is still that weight."""
+
+    weight: weakref.ref[nn.Parameter]
+    state: tuple[Any, ...]  # version, memory, shape, dtype and device
+    sample: Any  # some of the values, or None on a GPU
+    permuted: Tensor
+
+
 # By model and not in it: copies and pickles of a model stay what they were.
-_in_memory_order: weakref.WeakKeyDictionary[AlexNet, tuple[Any, ...]] = weakref.WeakKeyDictionary()
+_in_memory_order: weakref.WeakKeyDictionary[AlexNet, _Permuted] = weakref.WeakKeyDictionary()
 
 
 def _sample(weight: Tensor) -> Tensor | None:

@@ -526,6 +526,15 @@ def test_evaluation_mode_drops_the_permuted_weight():
     assert model not in module._in_memory_order
 
 
+def test_inference_keeps_a_dropout_that_was_left_on():
+    """Monte-Carlo dropout: the model evaluates, its hidden layers still drop."""
+    model = fastalex.AlexNet(4, variant=narrow("paper")).eval()
+    model.classifier[1].train()
+    x = torch.randn(2, 3, 224, 224)
+    with torch.no_grad():
+        assert not torch.equal(model(x), model(x))
+
+
 def test_inference_leaves_watched_and_changed_classifiers_alone(linear_inputs):
     model = fastalex.AlexNet(4, variant=narrow("paper")).eval()
     maps, x = maps_of(model), torch.randn(1, 3, 224, 224)
