@@ -112,7 +112,7 @@ def demo_variant(channels: int = 1) -> Variant:
     )
 
 
-# label smoothing: 87.2 % of the test pictures with it, 85.0 % without, in one run each
+# label smoothing: 87.2 and 86.7 % of the test pictures with it, 85.0 and 85.6 % without, in two runs each
 DEMO_RECIPE = Recipe(
     demo_variant(), epochs=24, batch_size=50, lr=0.025, schedule="one-cycle", dropout=0.3, label_smoothing=0.1
 )
