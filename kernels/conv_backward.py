@@ -403,8 +403,8 @@ def tile_warps(rows, columns, depth, dtype):
 def make_tile(rows, columns, depth, dtype, descriptors):
     """The tile, and what the target makes of it."""
     target = capability()
-    # 192 columns fill the registers of a warp that multiplies out of registers: shorter steps, more of them in flight
-    crowded = sum(columns) > 128 and target not in (90, 100) and dtype.itemsize == 2
+    # 192 columns fill the registers of a warp and the 64 KB of an AMD workgroup: shorter steps, more in flight
+    crowded = sum(columns) > 128 and target < 90 and dtype.itemsize == 2
     if crowded:
         depth = min(depth, 32)
     return Tile(
