@@ -295,7 +295,7 @@ def draw(found: list[Finding], runs: dict[str, Result], settings: Settings, path
             curves.plot(steps, errors, STYLES[unit], color=COLOURS[unit], alpha=0.75, linewidth=1.3, label=label)
     curves.axhline(settings.threshold, color="0.4", linewidth=1)
     curves.text(0.99, settings.threshold, f"{settings.threshold:.0%}", transform=curves.get_yaxis_transform(),
-                ha="right", va="bottom", color="0.3")  # fmt: skip
+                ha="right", va="top", color="0.3")  # fmt: skip
     curves.set(
         xlabel=f"iterations (batches of {settings.batch_size})", ylabel="training error", ylim=(0, 1), xlim=(0, None)
     )
