@@ -9,6 +9,7 @@ All but cuDNN's own run on CPU tensors, too, in Triton's interpreter.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -367,8 +368,20 @@ def no_weight_grad_blocks(
 
 
 # ---------------------------------------------------------------------------------------------------- operations
+def no_descriptors(tensor: Tensor, *rest: Any, otherwise: Callable[..., str | None]) -> str | None:
+    """Below sm_90 the compiler turns descriptors into loads of single elements.  An emulator may run those."""
+    if tensor.is_cuda and torch.version.hip is None and torch.cuda.get_device_capability(tensor.device) < (9, 0):
+        return "needs tensor descriptors in hardware (sm_90 or later)"
+    return otherwise(tensor, *rest)
+
+
 def _named(*candidates: Candidate) -> dict[str, Candidate]:
-    return {candidate.name: candidate for candidate in candidates}
+    return {
+        candidate.name: replace(candidate, unsupported=partial(no_descriptors, otherwise=candidate.unsupported))
+        if candidate.name.endswith("descriptors")
+        else candidate
+        for candidate in candidates
+    }
 
 
 def _with_blocks(

@@ -1,5 +1,7 @@
 """The operators behind conv2d_relu and conv2d_relu_max_pool2d."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.nn.functional as torch_functional
@@ -254,6 +256,16 @@ def test_what_a_candidate_refuses(operation, name, x, w, geometry, reason):
     x, w = torch.randn(x), torch.randn(w)
     with backend.use("triton"), dispatch.force(operation, name), pytest.raises(RuntimeError, match=reason):
         F.conv2d_relu(x, w, None, *geometry)
+
+
+@pytest.mark.parametrize("operation", [CONV2D_RELU, CONV2D_INPUT_GRAD, CONV2D_WEIGHT_GRAD], ids=lambda o: o.name)
+def test_descriptors_need_hopper(operation, monkeypatch):
+    on_ampere = SimpleNamespace(is_cuda=True, device="cuda:0")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    found = [c for name, c in operation.candidates.items() if "descriptors" in name]
+    assert found
+    for candidate in found:
+        assert "sm_90" in candidate.unsupported(on_ampere)
 
 
 def test_cublaslts_epilogue_needs_a_gpu():
