@@ -55,21 +55,28 @@ def unavailable(provider: str, where: str, dtype: str) -> str | None:
 
 
 def entries(
-    cpu: Sequence[Case], cuda: Sequence[Case], names: Sequence[str], cpu_compile: Sequence[Case] = ()
+    cpu: Sequence[Case],
+    cuda: Sequence[Case],
+    names: Sequence[str],
+    cpu_compile: Sequence[Case] = (),
+    cpu_long: Sequence[Case] = (),
 ) -> pytest.MarkDecorator:
     """Parameters (case, provider): the cases of this machine for every provider, the others as skipped.
 
     cpu_compile: the cases in which torch.compile takes part on a CPU, where it compiles for about 10 s.
+    cpu_long: further cases for a CPU, with torch.compile, that `--long` asks for.
     """
-    here = cuda if device() == "cuda" else cpu
+    here = cuda if device() == "cuda" else [*cpu, *cpu_long]
     elsewhere = [case for case in cuda if case not in here]
     out = []
     for case in here:
         for name in names:
             reason = unavailable(name, device(), case.dtype)
-            if device() == "cpu" and name == "compile" and case not in cpu_compile:
+            if device() == "cpu" and name == "compile" and case not in (*cpu_compile, *cpu_long):
                 continue
-            marks = pytest.mark.skip(reason=f"{name}: {reason}") if reason else ()
+            marks = [pytest.mark.skip(reason=f"{name}: {reason}")] if reason else []
+            if device() == "cpu" and case in cpu_long:
+                marks.append(pytest.mark.long)
             out.append(pytest.param(case, name, id=f"{case}-{name}", marks=marks))
     for case in elsewhere:
         out.append(pytest.param(case, "any", id=f"{case}-any", marks=pytest.mark.skip(reason=NO_GPU)))

@@ -30,7 +30,10 @@ INFERENCE_CPU = [
 ]
 
 
-@entries(INFERENCE_CPU, INFERENCE_CUDA, MODEL, cpu_compile=INFERENCE_CPU[1:2])
+INFERENCE_CPU_LONG = cases("inference", ("fp32", "bf16"), (32,), "paper")
+
+
+@entries(INFERENCE_CPU, INFERENCE_CUDA, MODEL, cpu_compile=INFERENCE_CPU[1:2], cpu_long=INFERENCE_CPU_LONG)
 def test_inference(case: Case, provider: str, contest: Any) -> None:
     contest(case, provider, lambda case, names: inference_race(case, names, case.layer))
 
@@ -41,9 +44,10 @@ TRAINING_CUDA = [
     for case in cases("step", ("tf32", "bf16") if variant == "paper" else ("bf16",), (128, 1024), variant)
 ] + cases("step", ("fp32",), (128,), "paper")
 TRAINING_CPU = cases("step", ("fp32", "bf16"), (8,), "paper")
+TRAINING_CPU_LONG = cases("step", ("fp32", "bf16"), (32,), "paper")
 
 
-@entries(TRAINING_CPU, TRAINING_CUDA, TRAINING)
+@entries(TRAINING_CPU, TRAINING_CUDA, TRAINING, cpu_long=TRAINING_CPU_LONG)
 def test_training_step(case: Case, provider: str, contest: Any) -> None:
     contest(case, provider, lambda case, names: training_race(case, names, case.layer))
 

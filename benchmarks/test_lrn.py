@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ CPU = [
     for layer, shape in NORM_LAYERS.items()
     for passes in ("forward", "both")
 ]
+CPU_LONG = [replace(case, shape=(32, *case.shape[1:])) for case in CPU]
 
 
 def prepare(case: Case, names: list[str]) -> Race:
@@ -39,6 +41,6 @@ def prepare(case: Case, names: list[str]) -> Race:
     )
 
 
-@entries(CPU, CUDA, OPERATION, cpu_compile=CPU[1:2])
+@entries(CPU, CUDA, OPERATION, cpu_compile=CPU[1:2], cpu_long=CPU_LONG)
 def test_lrn(case: Case, provider: str, contest: Any) -> None:
     contest(case, provider, prepare)

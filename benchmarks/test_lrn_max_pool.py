@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ CPU = [
     for layer, shape in NORM_LAYERS.items()
     for passes in ("forward", "both")
 ]
+CPU_LONG = [replace(case, shape=(32, *case.shape[1:])) for case in CPU]
 
 
 def exact(x: Tensor) -> Tensor:
@@ -51,6 +53,6 @@ def prepare(case: Case, names: list[str]) -> Race:
     )
 
 
-@entries(CPU, CUDA, OPERATION, cpu_compile=CPU[1:2])
+@entries(CPU, CUDA, OPERATION, cpu_compile=CPU[1:2], cpu_long=CPU_LONG)
 def test_lrn_max_pool(case: Case, provider: str, contest: Any) -> None:
     contest(case, provider, prepare)

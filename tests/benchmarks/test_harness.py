@@ -263,6 +263,15 @@ def test_entries(where, monkeypatch):
         }
 
 
+def test_long_cases_come_with_compile_and_only_on_a_cpu(monkeypatch):
+    monkeypatch.setattr(providers.shutil, "which", lambda name: "/usr/bin/g++")
+    for where, expected in (("cpu", ["fastalex", "compile"]), ("cuda", [])):
+        monkeypatch.setattr(providers, "device", lambda where=where: where)
+        mark = providers.entries([], [], ("fastalex", "compile"), cpu_long=[CASE])
+        assert [p.values[1] for p in mark.args[1]] == expected
+        assert all([m.name for m in p.marks] == ["long"] for p in mark.args[1])
+
+
 # ---- through pytest-benchmark
 
 
@@ -340,6 +349,13 @@ def test_device_times_become_the_rounds_of_pytest_benchmark(tmp_path):
     )  # fmt: skip
     assert compared.returncode == 0, compared.stderr
     assert compared.stdout.count("test_lrn[small-forward-fp32-2x8-eager]") == 2
+
+
+def test_long_cases_are_asked_for(tmp_path):
+    script = SMALL.replace("entries(CASES, []", "entries([], []").replace('"eager"))', '"eager"), cpu_long=CASES)')
+    assert run_benchmarks(tmp_path, script=script).returncode == 5
+    done = run_benchmarks(tmp_path, "--long", script=script)
+    assert done.returncode == 0, done.stdout
 
 
 def test_a_run_without_an_executed_case_fails(tmp_path):
