@@ -249,7 +249,7 @@ def draw(found: list[Finding], settings: Settings, path: Path) -> None:
             axes.plot(about.paper[0], place + 0.16, "D", color=ORANGE, label="paper" if place == 0 else None)
     axes.axvline(0, color="0.4", linewidth=1)
     axes.set_yticks(range(len(rows)), [about.name for about, _ in rows])
-    axes.invert_yaxis()
+    axes.set_ylim(len(rows) - 0.5, -0.6)
     axes.grid(axis="x", alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
     axes.set_xlabel("gain: points of top-1 error (right of 0: the ingredient helps)")
