@@ -328,7 +328,10 @@ class Run:
 
     @contextlib.contextmanager
     def caught_signals(self) -> Iterator[None]:
-        """SIGTERM and Ctrl-C let the step under way finish; a second one of its kind acts as ever."""
+        """SIGTERM and Ctrl-C let the step under way finish; a second one of its kind acts as ever.
+
+        What the process was told to ignore when it was started (nohup, `&` in a script) stays ignored.
+        """
         if threading.current_thread() is not threading.main_thread():  # Python delivers signals to the main thread
             yield
             return
@@ -339,7 +342,8 @@ class Run:
             if self.evaluating:
                 raise Stopped(number)
 
-        before: dict[int, Any] = {n: signal.signal(n, catch) for n in (signal.SIGTERM, signal.SIGINT)}
+        heeded = [n for n in (signal.SIGTERM, signal.SIGINT) if signal.getsignal(n) != signal.SIG_IGN]
+        before: dict[int, Any] = {n: signal.signal(n, catch) for n in heeded}
         try:
             yield
         finally:

@@ -114,6 +114,16 @@ def test_a_second_ctrl_c_does_not_wait(tmp_path):
     assert not (tmp_path / STATE).exists()
 
 
+def test_a_ctrl_c_that_is_ignored_stays_ignored(whole, tmp_path):
+    """As under nohup, where a closing terminal must not end the run."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        run(tmp_path, watcher=AtStep(3, lambda: signal.raise_signal(signal.SIGINT)))
+    finally:
+        signal.signal(signal.SIGINT, before)
+    same_weights(whole, tmp_path)
+
+
 def test_ctrl_c_that_ends_the_reading_processes_too(whole, tmp_path):
     class Reader(Pictures):
         def batches(self, split, indices):
