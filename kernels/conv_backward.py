@@ -14,9 +14,17 @@ from dataclasses import dataclass
 import torch
 import triton
 import triton.language as tl
-from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .implicit_gemm import NARROWEST, capability, multiply_add, next_step, output_size, split_tile, tap_range
+from .implicit_gemm import (
+    NARROWEST,
+    capability,
+    descriptor,
+    multiply_add,
+    next_step,
+    output_size,
+    split_tile,
+    tap_range,
+)
 from .registers import DTYPES, interpreting, warps
 from .relu_bias_grad import masked
 
@@ -441,13 +449,6 @@ def weight_grad_tile(images, channels, outputs, dtype, descriptors, precision):
 def packed(t):
     """t in (N, H, W, C) order, copied unless it lies like that."""
     return t.movedim(1, -1).contiguous()
-
-
-def descriptor(matrix, rows, columns):
-    """Tiles of rows x columns of a packed matrix, copied by the tensor memory accelerator.  None without either."""
-    if matrix is None or 0 in (rows, columns):
-        return None
-    return TensorDescriptor(matrix, list(matrix.shape), list(matrix.stride()), [rows, columns])
 
 
 def constants(tile, c, k, groups, kernel_size, stride, padding, dilation, descriptors, precision, dtype):

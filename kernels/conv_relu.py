@@ -21,10 +21,10 @@ from dataclasses import dataclass
 import torch
 import triton
 import triton.language as tl
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .implicit_gemm import (
     capability,
+    descriptor,
     multiply_add,
     next_step,
     output_size,
@@ -557,13 +557,8 @@ def descriptors(tensor, heights, widths):
     """Of a channels-last tensor as a matrix with one row per item of its first dimension, for blocks of each height
     and width; None where one is 0."""
     length = tensor.shape[1] * tensor.shape[2] * tensor.shape[3]
-    shape, strides = [tensor.shape[0], length], [length, 1]
-    matrix = tensor.as_strided(shape, strides)
-    return [
-        TensorDescriptor(matrix, shape, strides, [height, width]) if height and width else None
-        for height in heights
-        for width in widths
-    ]
+    matrix = tensor.as_strided([tensor.shape[0], length], [length, 1])
+    return [descriptor(matrix, height, width) for height in heights for width in widths]
 
 
 def conv_relu(

@@ -6,6 +6,7 @@ the software pipeline then never drains between taps (unrolling the taps gives 4
 
 import triton
 import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .registers import interpreting
 
@@ -19,6 +20,13 @@ def capability():
         return 80
     target = triton.runtime.driver.active.get_current_target()
     return target.arch if target.backend == "cuda" else 0
+
+
+def descriptor(matrix, rows, columns):
+    """Tiles of rows x columns of a packed matrix, copied by the tensor memory accelerator.  None without either."""
+    if matrix is None or 0 in (rows, columns):
+        return None
+    return TensorDescriptor(matrix, list(matrix.shape), list(matrix.stride()), [rows, columns])
 
 
 def split_tile(count, limit):

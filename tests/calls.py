@@ -1,5 +1,9 @@
 """One small call of each function, and one small network, for checks that hold whatever is computed."""
 
+import copy
+import io
+import pickle
+
 import torch
 
 import fastalex
@@ -51,3 +55,17 @@ def outputs_and_gradients(function, tensors):
     output = function(*tensors)
     weights = torch.linspace(-1, 1, output.numel(), dtype=output.dtype).view(output.shape)
     return [output.detach(), *torch.autograd.grad(output, tensors, weights)]
+
+
+def copy_by_pickle(model):
+    return pickle.loads(pickle.dumps(model))
+
+
+def copy_by_file(model):
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+COPIES = {"deepcopy": copy.deepcopy, "pickle": copy_by_pickle, "torch.save": copy_by_file}

@@ -1,15 +1,13 @@
 """fuse and unfuse: other people's models keep their class, names, weights and results, or are left alone."""
 
-import copy
 import inspect
-import io
 import itertools
-import pickle
 from collections import namedtuple
 
 import pytest
 import torch
 import torch.nn.functional as F
+from calls import COPIES
 from tolerances import UNIT_ROUNDOFF
 from torch import nn
 
@@ -719,18 +717,10 @@ def test_unfuse_restores_modules_forward_and_attributes_and_keeps_weights(kind):
 
 
 @pytest.mark.parametrize("kind", [Plain, Functional])
-@pytest.mark.parametrize("how", ["deepcopy", "pickle", "torch.save"])
+@pytest.mark.parametrize("how", COPIES)
 def test_copies_of_a_fused_model(kind, how):
     fused = fastalex.fuse(kind().eval())
-    if how == "deepcopy":
-        twin = copy.deepcopy(fused)
-    elif how == "pickle":
-        twin = pickle.loads(pickle.dumps(fused))
-    else:
-        file = io.BytesIO()
-        torch.save(fused, file)
-        file.seek(0)
-        twin = torch.load(file, weights_only=False)
+    twin = COPIES[how](fused)
     x = torch.randn(X)
     assert torch.equal(twin(x), fused(x))
     with torch.no_grad():

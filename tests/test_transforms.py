@@ -1,13 +1,10 @@
 """vmap, torch.func, checkpointing, copies and threads."""
 
-import copy
-import io
-import pickle
 import threading
 
 import pytest
 import torch
-from calls import CALLS, IMAGES, inputs, network
+from calls import CALLS, COPIES, IMAGES, inputs, network
 from torch.func import functional_call, grad, jvp, vmap
 from torch.utils.checkpoint import checkpoint
 
@@ -109,18 +106,10 @@ def test_checkpointing(reentrant):
         assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize("how", ["deepcopy", "pickle", "torch.save"])
+@pytest.mark.parametrize("how", COPIES)
 def test_copies(how):
     model = network().eval()
-    if how == "deepcopy":
-        twin = copy.deepcopy(model)
-    elif how == "pickle":
-        twin = pickle.loads(pickle.dumps(model))
-    else:
-        file = io.BytesIO()
-        torch.save(model, file)
-        file.seek(0)
-        twin = torch.load(file, weights_only=False)
+    twin = COPIES[how](model)
     images = torch.randn(IMAGES)
     assert torch.equal(twin(images), model(images))
     with torch.no_grad():

@@ -50,8 +50,9 @@ def describe(input: Tensor, weight: Tensor, stride: Sizes, padding: Sizes, dilat
     )
 
 
-def both_sides(padding: Sizes) -> tuple[tuple[int, int], tuple[int, int]]:
-    return (padding[0], padding[0]), (padding[1], padding[1])
+def for_kernels(stride: Sizes, padding: Sizes, dilation: Sizes, groups: int) -> tuple[Any, ...]:
+    """The geometry of a convolution as the Triton launchers take it, with a padding for each side."""
+    return tuple(stride), tuple((p, p) for p in padding), tuple(dilation), groups
 
 
 def precision(input: Tensor) -> str:
@@ -151,41 +152,16 @@ def no_cudnn(input: Tensor, *rest: Any) -> str | None:
     return None
 
 
-def forward_triton(
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    stride: Sizes,
-    padding: Sizes,
-    dilation: Sizes,
-    groups: int,
-    *,
-    form: str,
-) -> Tensor:
+def forward_triton(input: Tensor, weight: Tensor, bias: Tensor | None, *geometry: Any, form: str) -> Tensor:
     from fastalex.kernels.conv_relu import conv_relu
 
-    return conv_relu(
-        last(input), last(weight), bias, tuple(stride), both_sides(padding), tuple(dilation), groups,
-        form=form, precision=precision(input),
-    )  # fmt: skip
+    return conv_relu(last(input), last(weight), bias, *for_kernels(*geometry), form=form, precision=precision(input))
 
 
-def no_form(
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    stride: Sizes,
-    padding: Sizes,
-    dilation: Sizes,
-    groups: int,
-    *,
-    form: str,
-) -> str | None:
+def no_form(input: Tensor, weight: Tensor, bias: Tensor | None, *geometry: Any, form: str) -> str | None:
     from fastalex.kernels.conv_relu import unsupported
 
-    return no_channels_last(input, weight) or unsupported(
-        form, input, weight, tuple(stride), both_sides(padding), tuple(dilation), groups
-    )
+    return no_channels_last(input, weight) or unsupported(form, input, weight, *for_kernels(*geometry))
 
 
 def forward_blocks(
@@ -205,21 +181,13 @@ def forward_blocks(
 
 
 def no_forward_blocks(
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    stride: Sizes,
-    padding: Sizes,
-    dilation: Sizes,
-    groups: int,
-    *,
-    behind: Candidate,
+    input: Tensor, weight: Tensor, bias: Tensor | None, *geometry: Any, behind: Candidate
 ) -> str | None:
-    reason = no_space_to_depth(input, weight, stride, padding, dilation, groups)
+    reason = no_space_to_depth(input, weight, *geometry)
     if reason is not None:
         return reason
-    blocks, folded = blocks_on_meta(input, weight, stride, padding)
-    return behind.unsupported(blocks, folded, bias, (1, 1), (0, 0), (1, 1), 1)
+    stride, padding, *_ = geometry
+    return behind.unsupported(*blocks_on_meta(input, weight, stride, padding), bias, (1, 1), (0, 0), (1, 1), 1)
 
 
 def blocks_on_meta(input: Tensor, weight: Tensor, stride: Sizes, padding: Sizes) -> tuple[Tensor, Tensor]:
@@ -251,78 +219,37 @@ def library_gradient(
     return grads[0 if of_input else 1]
 
 
-def triton_input_grad(
-    grad: Tensor,
-    input: Tensor,
-    weight: Tensor,
-    stride: Sizes,
-    padding: Sizes,
-    dilation: Sizes,
-    groups: int,
-    *,
-    descriptors: bool,
-) -> Tensor:
+def triton_input_grad(grad: Tensor, input: Tensor, weight: Tensor, *geometry: Any, descriptors: bool) -> Tensor:
     from fastalex.kernels.conv_backward import conv_input_grad
 
     return conv_input_grad(
-        last(grad), last(weight), tuple(input.shape[2:]), tuple(stride), both_sides(padding), tuple(dilation), groups,
+        last(grad), last(weight), tuple(input.shape[2:]), *for_kernels(*geometry),
         descriptors=descriptors, precision=precision(grad),
     )  # fmt: skip
 
 
-def no_triton_input_grad(
-    grad: Tensor,
-    input: Tensor,
-    weight: Tensor,
-    stride: Sizes,
-    padding: Sizes,
-    dilation: Sizes,
-    groups: int,
-    *,
-    descriptors: bool,
-) -> str | None:
+def no_triton_input_grad(grad: Tensor, input: Tensor, weight: Tensor, *geometry: Any, descriptors: bool) -> str | None:
     from fastalex.kernels.conv_backward import unsupported_input_grad
 
     return no_channels_last(input, weight) or unsupported_input_grad(
-        grad, weight, tuple(stride), both_sides(padding), tuple(dilation), groups,
-        descriptors=descriptors, precision=precision(grad),
-    )  # fmt: skip
+        grad, weight, *for_kernels(*geometry), descriptors=descriptors, precision=precision(grad)
+    )
 
 
-def triton_weight_grad(
-    grad: Tensor,
-    input: Tensor,
-    weight: Tensor,
-    stride: Sizes,
-    padding: Sizes,
-    dilation: Sizes,
-    groups: int,
-    *,
-    descriptors: bool,
-) -> Tensor:
+def triton_weight_grad(grad: Tensor, input: Tensor, weight: Tensor, *geometry: Any, descriptors: bool) -> Tensor:
     from fastalex.kernels.conv_backward import conv_weight_grad
 
     return conv_weight_grad(
-        last(grad), last(input), tuple(weight.shape[2:]), tuple(stride), both_sides(padding), tuple(dilation), groups,
+        last(grad), last(input), tuple(weight.shape[2:]), *for_kernels(*geometry),
         descriptors=descriptors, precision=precision(grad),
     )  # fmt: skip
 
 
-def no_triton_weight_grad(
-    grad: Tensor,
-    input: Tensor,
-    weight: Tensor,
-    stride: Sizes,
-    padding: Sizes,
-    dilation: Sizes,
-    groups: int,
-    *,
-    descriptors: bool,
-) -> str | None:
+def no_triton_weight_grad(grad: Tensor, input: Tensor, weight: Tensor, *geometry: Any, descriptors: bool) -> str | None:
     from fastalex.kernels.conv_backward import unsupported_weight_grad
 
     return no_channels_last(input, weight) or unsupported_weight_grad(
-        grad, input, tuple(weight.shape[2:]), tuple(stride), both_sides(padding), tuple(dilation), groups,
+        grad, input, tuple(weight.shape[2:]), *for_kernels(*geometry),
         descriptors=descriptors, precision=precision(grad),
     )  # fmt: skip
 
@@ -349,22 +276,12 @@ def weight_grad_blocks(
     return unfold_weight_grad(found, tuple(weight.shape[2:]), stride[0])  # type: ignore[arg-type]
 
 
-def no_weight_grad_blocks(
-    grad: Tensor,
-    input: Tensor,
-    weight: Tensor,
-    stride: Sizes,
-    padding: Sizes,
-    dilation: Sizes,
-    groups: int,
-    *,
-    behind: Candidate,
-) -> str | None:
-    reason = no_space_to_depth(input, weight, stride, padding, dilation, groups)
+def no_weight_grad_blocks(grad: Tensor, input: Tensor, weight: Tensor, *geometry: Any, behind: Candidate) -> str | None:
+    reason = no_space_to_depth(input, weight, *geometry)
     if reason is not None:
         return reason
-    blocks, folded = blocks_on_meta(input, weight, stride, padding)
-    return behind.unsupported(grad, blocks, folded, (1, 1), (0, 0), (1, 1), 1)
+    stride, padding, *_ = geometry
+    return behind.unsupported(grad, *blocks_on_meta(input, weight, stride, padding), (1, 1), (0, 0), (1, 1), 1)
 
 
 # ---------------------------------------------------------------------------------------------------- operations

@@ -204,6 +204,20 @@ ALL_CONVOLUTIONS = [
 ]
 
 
+def check_what_every_target_needs(launches, dtype, target, spilt=0):
+    """Matrix instructions of the target, memory that it has, no trap, and at most so many values spilt."""
+    matrix, kilobytes = MATRIX[target]
+    for code in launches:
+        assert code["spills"] <= spilt
+        assert code["stack"] == 0 or spilt
+        assert code["shared"] <= kilobytes * 1024
+        assert code["tensor_memory"] <= 512
+        assert not code["trap"]
+    products = launches[0]["products"]
+    assert products
+    assert all(opcode.startswith("FFMA" if dtype == "fp32" else matrix) for opcode in products)
+
+
 @pytest.mark.parametrize(
     ("name", "dtype", "target"),
     [
@@ -216,15 +230,8 @@ def test_convolutions(name, dtype, target, answers):
     launches = answers[name, dtype, target]
     assert "error" not in launches
     entry = catalog.ENTRIES[f"{name}/{dtype}/channels_last"]
-    matrix, kilobytes = MATRIX[target]
-    for code in launches:
-        assert code["spills"] == code["stack"] == 0
-        assert code["shared"] <= kilobytes * 1024
-        assert code["tensor_memory"] <= 512
-        assert not code["trap"]
+    check_what_every_target_needs(launches, dtype, target)
     code = launches[0]
-    assert code["products"]
-    assert all(opcode.startswith("FFMA" if dtype == "fp32" else matrix) for opcode in code["products"])
     assert ("TF32" in str(code["products"])) == (dtype == "tf32" and target != "sm_100")
     if target == "gfx942":
         return
@@ -289,18 +296,10 @@ def test_gradients(name, dtype, target, answers):
     launches = answers[name, dtype, target]
     assert "error" not in launches
     entry = catalog.ENTRIES[f"{name}/{dtype}/channels_last"]
-    matrix, kilobytes = MATRIX[target]
-    for code in launches:
-        # ptxas stops at 128 registers there, and moves two values that the loop does not need
-        spilt = 3 if (name, dtype, target) == ("paper/conv2/conv_backward/input_grad", "tf32", "sm_80") else 0
-        assert code["spills"] <= spilt
-        assert code["stack"] == 0 or spilt
-        assert code["shared"] <= kilobytes * 1024
-        assert code["tensor_memory"] <= 512
-        assert not code["trap"]
+    # ptxas stops at 128 registers there, and moves two values that the loop does not need
+    spilt = 3 if (name, dtype, target) == ("paper/conv2/conv_backward/input_grad", "tf32", "sm_80") else 0
+    check_what_every_target_needs(launches, dtype, target, spilt)
     code = launches[0]
-    assert code["products"]
-    assert all(opcode.startswith("FFMA" if dtype == "fp32" else matrix) for opcode in code["products"])
     if target == "gfx942":
         return
     if entry.form.endswith("descriptors"):
