@@ -453,17 +453,16 @@ def bench(
         results: A file of --benchmark-json, or a small one that --keep wrote.
         out: Folder for the charts: speed-ups, percent of measured rates, memory.
         keep: Folder for the small dated file (medians, ratios, machine), as benchmarks/results.
-        readme: Markdown file whose table of results is renewed, as README.md.
+        readme: README.md of a checkout: its summary is renewed, and the whole table in docs/benchmarks.md beside it.
     """
     from fastalex import results as kept
     from fastalex.visualize.results import charts
 
     result = kept.load(results)
-    if readme is not None:
-        kept.replace_table(readme, result)
+    written = [] if readme is None else kept.replace_tables(readme, result)
     if keep is not None:
-        print(f"wrote {kept.save(result, keep)}", file=sys.stderr)
-    for path in charts(result, out):
+        written.append(kept.save(result, keep))
+    for path in [*written, *charts(result, out)]:
         print(f"wrote {path}", file=sys.stderr)
     print(kept.markdown(result))
 

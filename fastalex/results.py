@@ -126,12 +126,72 @@ def markdown(result: Result) -> str:
     return "\n".join(lines)
 
 
-def replace_table(path: Path, result: Result) -> None:
-    """Put the table between the markers of a Markdown file.  Raises ValueError unless each stands there once."""
+# What the summary shows of a result, by operation and pass
+SUMMARY = {
+    ("alexnet", "inference"): "AlexNet, inference",
+    ("alexnet", "step"): "AlexNet, training step",
+    ("lrn", "forward"): "LRN, forward",
+    ("lrn", "both"): "LRN, forward + backward",
+    ("lrn_max_pool", "both"): "LRN + max-pool, forward + backward",
+    ("max_pool", "both"): "max-pool, forward + backward",
+}
+
+
+def summarised(result: Result) -> list[Result]:
+    """fastalex's cases of the kinds in `SUMMARY`: of each layer and dtype the largest batch, of inference one more."""
+    ours = [providers[OURS] for providers in groups(result).values()]
+    found = []
+    for kind in SUMMARY:
+        batches: dict[tuple[str, str], list[Result]] = {}
+        for case in ours:
+            if (case["operation"], case["pass"]) == kind:
+                batches.setdefault((case["layer"], case["dtype"]), []).append(case)
+        for cases in batches.values():
+            cases.sort(key=lambda case: case["shape"][0])
+            found += [cases[0], cases[-1]] if kind == ("alexnet", "inference") and len(cases) > 1 else [cases[-1]]
+    return found
+
+
+def summary(result: Result) -> str:
+    """The cases of `summarised`, one line each; of a provider with two layouts the faster one."""
+    cases = summarised(result)
+    faster: list[dict[str, float]] = []
+    for case in cases:
+        ratios: dict[str, float] = {}
+        for provider, ratio in case.get("ratio", {}).items():
+            name = provider.removesuffix("-nchw")
+            ratios[name] = min(ratio, ratios.get(name, ratio))
+        faster.append(ratios)
+    others = [name for name in baselines(result) if name != OURS and any(name in ratios for ratios in faster)]
+    lines = [
+        f"{machine(result)}. Median time of fastalex, and the time of others divided by it: above 1, fastalex is "
+        "faster; **bold** where it is not; - where it was not measured. `eager` is the faster of PyTorch's two "
+        "layouts, `compile` is torch.compile.",
+        "",
+        f"| | layer or variant | dtype | batch | fastalex, ms | {' | '.join(others)} |",
+        "|---|---|---|---:|" + "---:|" * (len(others) + 1),
+    ]
+    for case, ratios in zip(cases, faster, strict=True):
+        kind = SUMMARY[case["operation"], case["pass"]]
+        cells = [kind, case["layer"], case["dtype"], str(case["shape"][0]), _milliseconds(case["median"])]
+        lines.append(f"| {' | '.join(cells + [_ratio(ratios.get(name)) for name in others])} |")
+    return "\n".join(lines)
+
+
+def replace_tables(readme: Path, result: Result) -> list[Path]:
+    """Renew the summary in a checkout's README.md and the whole table in docs/benchmarks.md; returns their paths.
+
+    Raises ValueError, before it writes, unless both have each marker of a table once.
+    """
     kind = "gpu" if result["machine"]["gpu"] else "cpu"
     begin, end = f"<!-- {kind} results -->\n", f"<!-- end of {kind} results -->"
-    text = path.read_text()
-    if text.count(begin) != 1 or text.count(end) != 1:
-        raise ValueError(f"{path} must contain these two lines once each: {begin.strip()} and {end}")
-    before, rest = text.split(begin)
-    write_whole(path, f"{before}{begin}{markdown(result)}\n{end}{rest.split(end)[1]}")
+    texts = {}
+    for path, table in ((readme, summary(result)), (readme.parent / "docs" / "benchmarks.md", markdown(result))):
+        text = path.read_text()
+        if text.count(begin) != 1 or text.count(end) != 1:
+            raise ValueError(f"{path} must contain these two lines once each: {begin.strip()} and {end}")
+        before, rest = text.split(begin)
+        texts[path] = f"{before}{begin}{table}\n{end}{rest.split(end)[1]}"
+    for path, text in texts.items():
+        write_whole(path, text)
+    return list(texts)

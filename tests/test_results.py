@@ -106,19 +106,65 @@ def test_points_of_the_speedup_chart(full):
     assert points["compile"] == [(0.8, 0)]
 
 
-def test_bench_report(full, tmp_path, capsys):
-    readme = tmp_path / "README.md"
-    readme.write_text("before\n<!-- cpu results -->\nold\n<!-- end of cpu results -->\nafter\n")
-    arguments = ["bench", "report", str(full), "--out", str(tmp_path / "out"), "--readme", str(readme)]
-    cli.main([*arguments, "--keep", str(tmp_path / "kept")])
-    table = results.markdown(results.load(full))
+def test_summary():
+    def pair(group, ratio, **info):
+        return [case("fastalex", 0.01, ratio, group, **info), case("eager", 0.02, {}, group, **info)]
+
+    step = {"operation": "alexnet", "pass": "step", "layer": "paper"}
+    inference = {**step, "pass": "inference", "dtype": "bf16"}
+    cases = [
+        *pair("many", {"eager": 2.0, "eager-nchw": 1.5, "fastalex-nchw": 1.1}, shape=[32, 96, 55, 55]),
+        *pair("few", {"eager": 9.0}, shape=[8, 96, 55, 55]),
+        *(one for n in (16, 1, 32) for one in pair(f"inference {n}", {"openvino": n / 20}, **inference, shape=[n, 3])),
+        *pair("step 8", {"eager": 9.0}, **step, shape=[8, 3]),
+        *pair("step 32", {"eager": 0.99}, **step, shape=[32, 3]),
+        *pair("alone", {}, operation="max_pool", **{"pass": "both"}),
+        *pair("left out", {"torchvision": 4.0}, operation="input", **{"pass": "read"}),
+        case("openvino", 0.1, {}, "inference 1", **inference, shape=[1, 3]),
+        case("torchvision", 0.1, {}, "left out", operation="input", **{"pass": "read"}),
+    ]
+    lines = results.summary(results.reduced({**FULL, "benchmarks": cases})).splitlines()
+    assert lines[0].startswith("Some CPU, 1 thread, torch 2.14.1, 2026-01-02. ")
+    assert lines[2] == "| | layer or variant | dtype | batch | fastalex, ms | eager | openvino |"
+    assert lines[4:] == [
+        "| AlexNet, inference | paper | bf16 | 1 | 10 | - | **0.05** |",
+        "| AlexNet, inference | paper | bf16 | 32 | 10 | - | 1.60 |",
+        "| AlexNet, training step | paper | fp32 | 32 | 10 | **0.99** | - |",
+        "| LRN, forward | conv1 | fp32 | 32 | 10 | 1.50 | - |",
+        "| max-pool, forward + backward | conv1 | fp32 | 8 | 10 | - | - |",
+    ]
+
+
+@pytest.fixture
+def checkout(tmp_path):
+    """A README.md and a docs/benchmarks.md with places for tables."""
+    (tmp_path / "docs").mkdir()
+    for path in (tmp_path / "README.md", tmp_path / "docs" / "benchmarks.md"):
+        path.write_text("before\n<!-- cpu results -->\nold\n<!-- end of cpu results -->\nafter\n")
+    return tmp_path
+
+
+def shows(path, table):
+    return f"\n<!-- cpu results -->\n{table}\n<!-- end of cpu results -->\n" in path.read_text()
+
+
+def test_bench_report(full, checkout, capsys):
+    readme, document = checkout / "README.md", checkout / "docs" / "benchmarks.md"
+    arguments = ["bench", "report", str(full), "--out", str(checkout / "out"), "--readme", str(readme)]
+    cli.main([*arguments, "--keep", str(checkout / "kept")])
+    result = results.load(full)
     captured = capsys.readouterr()
-    assert captured.out == table + "\n"
-    assert "2026-01-02-cpu.json" in captured.err
-    expected = f"before\n<!-- cpu results -->\n{table}\n<!-- end of cpu results -->\nafter\n"
-    assert readme.read_text() == expected
-    cli.main([*arguments[:2], str(tmp_path / "kept" / "2026-01-02-cpu.json"), *arguments[3:]])
-    assert readme.read_text() == expected
+    assert captured.out == results.markdown(result) + "\n"
+    kept = checkout / "kept" / "2026-01-02-cpu.json"
+    for path in (kept, readme, document):
+        assert f"wrote {path}\n" in captured.err
+    assert shows(readme, results.summary(result))
+    assert shows(document, results.markdown(result))
+    assert all(path.read_text().startswith("before\n") for path in (readme, document))
+    assert all(path.read_text().endswith("\nafter\n") for path in (readme, document))
+    expected = [readme.read_text(), document.read_text()]
+    cli.main([*arguments[:2], str(kept), *arguments[3:]])
+    assert [readme.read_text(), document.read_text()] == expected
 
 
 @pytest.mark.parametrize(
@@ -140,15 +186,19 @@ def test_other_files(content, message, tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
-def test_a_readme_without_markers_stays_as_it_is(full, tmp_path):
-    readme = tmp_path / "README.md"
-    readme.write_text("nothing here")
-    with pytest.raises(ValueError, match="must contain these two lines once each"):
-        results.replace_table(readme, results.load(full))
-    assert readme.read_text() == "nothing here"
+@pytest.mark.parametrize("name", ["README.md", "docs/benchmarks.md"])
+def test_without_markers_both_stay_as_they_are(name, full, checkout):
+    (checkout / name).write_text("nothing here")
+    texts = {path: path.read_text() for path in checkout.rglob("*.md")}
+    with pytest.raises(ValueError, match=f"{name} must contain these two lines once each"):
+        results.replace_tables(checkout / "README.md", results.load(full))
+    assert {path: path.read_text() for path in checkout.rglob("*.md")} == texts
 
 
-def test_the_readme_shows_the_newest_committed_result():
+def test_the_documents_show_the_newest_committed_result():
     root = Path(__file__).parents[1]
     newest = max((root / "benchmarks" / "results").glob("*-cpu.json"))
-    assert results.markdown(results.load(newest)) in (root / "README.md").read_text()
+    result = results.load(newest)
+    renew = f"fastalex bench report {newest.relative_to(root)} --readme README.md"
+    assert shows(root / "README.md", results.summary(result)), renew
+    assert shows(root / "docs" / "benchmarks.md", results.markdown(result)), renew
