@@ -100,6 +100,7 @@ def explain(function: Callable[..., Any], *args: Any, **kwargs: Any) -> str:
         conv2d_relu_pool: conv2d_relu by library (shipped default; not measured here: conv2d_relu: 96x27x27 -> ...)
         ...
     """
+    # the public name is beside `use`; the operators import this module
     from fastalex.ops.explanation import explain as explain_call
 
     return explain_call(function, *args, **kwargs)
