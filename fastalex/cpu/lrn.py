@@ -25,6 +25,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from fastalex import cpu
 from fastalex.cpu.pieces import ONE_THREAD, SERIAL, channel_blocks, pieces, scratch
 from fastalex.kernels.layout import dense, in_layout_of
 
@@ -34,6 +35,10 @@ def lrn_fwd(x: Tensor, size: int, alpha: float, beta: float, k: float, groups: i
     """y as above: (N, C, *) -> (N, C, *) in x's dtype and memory format; fp64 in fp64, others computed in fp32."""
     x = dense(x)
     y = torch.empty_like(x)
+    compiled = cpu.compiled_for(x)
+    if compiled and beta == compiled.BETA:
+        compiled.lrn_fwd(x, y, size, alpha, k, groups)
+        return y
     _in_pieces(lambda norm, *blocks: norm.forward(*blocks), (x, y), size, alpha, beta, k, groups)
     return y
 
@@ -42,10 +47,13 @@ def lrn_fwd(x: Tensor, size: int, alpha: float, beta: float, k: float, groups: i
 def lrn_bwd(grad: Tensor, x: Tensor, size: int, alpha: float, beta: float, k: float, groups: int = 1) -> Tensor:
     """dx as above, from the gradient of y and the input x of `lrn_fwd`; shape, dtype and memory format of x."""
     x = dense(x)
+    grad = in_layout_of(x, grad)
     dx = torch.empty_like(x)
-    _in_pieces(
-        lambda norm, *blocks: norm.backward(*blocks), (in_layout_of(x, grad), x, dx), size, alpha, beta, k, groups
-    )
+    compiled = cpu.compiled_for(x, grad)
+    if compiled and beta == compiled.BETA:
+        compiled.lrn_bwd(grad, x, dx, size, alpha, k, groups)
+        return dx
+    _in_pieces(lambda norm, *blocks: norm.backward(*blocks), (grad, x, dx), size, alpha, beta, k, groups)
     return dx
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fastalex import cpu
 from fastalex.cpu.lrn import Normalisation
 from fastalex.cpu.max_pool import (
     Windows,
@@ -54,6 +55,10 @@ def lrn_max_pool_fwd(
     found = torch.empty_like(y, dtype=torch.int8) if codes else None
     if x.numel() == 0:
         return y, found
+    compiled = cpu.compiled_for(x)
+    if compiled and beta == compiled.BETA:
+        compiled.lrn_max_pool_fwd(x, y, found, size, alpha, k, groups, KERNEL_SIZE, STRIDE, after_relu)
+        return y, found
     channels_last = is_channels_last(x)
     norm = Normalisation(channels // groups, 1, size, alpha, beta, k, x.dtype)
     step = images_per_block(channels * height * width)
@@ -93,6 +98,12 @@ def lrn_max_pool_bwd(
     if x.numel() == 0:
         return (dx, partials) if bias_partials else dx
     grad, codes = in_layout_of(x, grad), in_layout_of(x, codes)
+    compiled = cpu.compiled_for(x, grad)
+    if compiled and beta == compiled.BETA:
+        compiled.lrn_max_pool_bwd(grad, codes, x, dx, size, alpha, k, groups, KERNEL_SIZE, STRIDE)
+        if bias_partials:
+            torch.sum(dx, (2, 3), dtype=norm.dtype, out=partials)
+        return (dx, partials) if bias_partials else dx
     windows = Windows((height, width), KERNEL_SIZE, STRIDE)
     step = images_per_block(channels * height * width)
     for first in range(0, images, step):

@@ -16,6 +16,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from fastalex import cpu
 from fastalex.cpu.pieces import SERIAL, scratch
 from fastalex.kernels import window_code
 from fastalex.kernels.layout import dense, in_layout_of, is_channels_last
@@ -53,6 +54,10 @@ def max_pool_fwd(
     images, channels = x.shape[:2]
     y = empty_in_layout_of(x, images, channels, *windows.output_size)
     found = torch.empty_like(y, dtype=torch.int8) if codes else None
+    compiled = cpu.compiled_for(x)
+    if compiled and dilation == (1, 1):
+        compiled.max_pool_fwd(x, y, found, kernel_size, stride, padding, after_relu)
+        return y, found
     step = images_per_block(channels * windows.output_size[0] * windows.output_size[1])
     for first in range(0, images, step):
         block = slice(first, first + step)
@@ -86,6 +91,11 @@ def max_pool_bwd(
     if dx.numel() == 0 or codes.numel() == 0:
         dx.zero_()
         return (dx, partials) if bias_partials else dx
+
+    compiled = cpu.compiled_for(dx, grad)
+    if compiled and dilation == (1, 1) and not bias_partials:
+        compiled.max_pool_bwd(grad, codes, dx, kernel_size, stride, padding)
+        return dx
 
     windows = Windows(input_size, kernel_size, stride, padding, dilation, output_size=plane_of(codes))
     step = images_per_block(channels * input_size[0] * input_size[1])

@@ -17,7 +17,9 @@ LAYOUTS = [torch.channels_last, torch.contiguous_format]
 @pytest.mark.parametrize("shape", [(3, 96, 21, 19), (3, 12, 7, 3), (2, 7, 8, 8)])
 @pytest.mark.parametrize("groups", [1, 2])
 @pytest.mark.parametrize("after_relu", [True, False])
-def test_equals_the_two_operations(after_relu, groups, shape, dtype, layout, threads):
+def test_equals_the_two_operations(after_relu, groups, shape, dtype, layout, threads, kernels):
+    if kernels == "compiled" and (dtype not in (torch.float32, torch.bfloat16) or layout != torch.channels_last):
+        pytest.skip("takes the PyTorch operations, and float32 in between would not")
     if shape[1] % groups:
         groups = 7
     x = torch.randn(shape, dtype=torch.float64).to(dtype).to(memory_format=layout)
