@@ -47,16 +47,20 @@ def conv_relu_fwd(
     """max(0, conv2d(x, weight) + bias): (N, C, H, W), (K, C/groups, R, S) -> (N, K, OH, OW)."""
     if not (x.numel() and has_fused_convolution() and has_onednn_dtype(x.dtype)):
         return F.conv2d(x, weight, bias, stride, padding, dilation, groups).relu_()
-    geometry = Geometry(tuple(x.shape), tuple(stride), tuple(padding), tuple(dilation), groups)
+    geometry = Geometry(tuple(x.shape[1:]), tuple(stride), tuple(padding), tuple(dilation), groups)
     return torch.ops.mkldnn._convolution_pointwise(
-        x, packed(weight, geometry), bias, padding, stride, dilation, groups, "relu", [], ""
+        x, packed(weight, geometry, x.shape[0]), bias, padding, stride, dilation, groups, "relu", [], ""
     )
 
 
 class Geometry(NamedTuple):
-    """What oneDNN's choice of a weight layout depends on."""
+    """What oneDNN's choice of a weight layout depends on.
 
-    input_shape: tuple[int, ...]
+    Not the batch: batches of 1 to 128 got one layout for all of AlexNet's convolutions.  Where that should fail, oneDNN
+    reorders the weight in the call.
+    """
+
+    image_shape: tuple[int, ...]
     stride: tuple[int, ...]
     padding: tuple[int, ...]
     dilation: tuple[int, ...]
@@ -74,7 +78,7 @@ class _Entry(NamedTuple):
 _entries: dict[int, _Entry] = {}
 
 
-def packed(weight: Tensor, geometry: Geometry) -> Tensor:
+def packed(weight: Tensor, geometry: Geometry, batch: int) -> Tensor:
     """The weight in oneDNN's layout from the second call with the same values on, the weight itself before."""
     dense = weight.is_contiguous() or weight.is_contiguous(memory_format=torch.channels_last)
     if weight.is_inference() or not dense:
@@ -89,9 +93,9 @@ def packed(weight: Tensor, geometry: Geometry) -> Tensor:
         _entries[key] = _Entry(state, geometry, sample.clone(), None)
         return weight
     if entry.packed is None:
-        _, stride, padding, dilation, groups = geometry
+        image_shape, stride, padding, dilation, groups = geometry
         reorder: Any = torch._C._nn.mkldnn_reorder_conv2d_weight  # its stub has other arguments
-        blocked = reorder(weight.contiguous().to_mkldnn(), padding, stride, dilation, groups, geometry.input_shape)
+        blocked = reorder(weight.contiguous().to_mkldnn(), padding, stride, dilation, groups, (batch, *image_shape))
         entry = entry._replace(packed=blocked)
         _entries[key] = entry
     assert entry.packed is not None

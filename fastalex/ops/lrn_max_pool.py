@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -86,11 +87,11 @@ def backward(
     return grad_input, implementation("relu_bias_grad", NAME, input).sum_partials(partials)
 
 
-def pooled_shape(input: Tensor, kernel_size: list[int], stride: list[int]) -> tuple[int, ...]:
+def pooled_shape(shape: Sequence[int], kernel_size: list[int], stride: list[int]) -> tuple[int, ...]:
     return (
-        *input.shape[:2],
-        pooled_size(input.shape[2], kernel_size[0], stride[0], 0, 1, False),
-        pooled_size(input.shape[3], kernel_size[1], stride[1], 0, 1, False),
+        *shape[:2],
+        pooled_size(shape[2], kernel_size[0], stride[0], 0, 1, False),
+        pooled_size(shape[3], kernel_size[1], stride[1], 0, 1, False),
     )
 
 
@@ -126,7 +127,7 @@ def _(
     after_relu: bool,
     codes: bool,
 ) -> tuple[Tensor, Tensor]:
-    shape = pooled_shape(input, kernel_size, stride)
+    shape = pooled_shape(input.shape, kernel_size, stride)
     found = empty(input, shape, torch.int8) if codes else input.new_empty(0, dtype=torch.int8)
     return empty(input, shape), found
 

@@ -63,6 +63,24 @@ def test_a_changed_weight_is_seen():
     check()
 
 
+@pytest.mark.skipif(not conv_relu.has_fused_convolution(), reason="this PyTorch has no fused convolution")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_kept_weight_serves_every_batch(dtype):
+    if not conv_relu.has_onednn_dtype(dtype):
+        pytest.skip(f"no {dtype} in oneDNN here")
+    weight = torch.randn(6, 8, 3, 3).to(dtype).to(memory_format=torch.channels_last)
+    kept = []
+    for batch in (2, 2, 3, 1, 2, 130):
+        x = torch.randn(batch, 8, 9, 9).to(dtype).to(memory_format=torch.channels_last)
+        y = conv_relu_fwd(x, weight, None, [1, 1], [1, 1], [1, 1], 1)
+        expected = reference.conv2d_relu(x.double(), weight.double(), None, 1, 1)
+        magnitude = reference.conv2d_relu(x.double().abs(), weight.double().abs(), None, 1, 1)
+        assert_matches(y, expected, terms=73, magnitude=magnitude)
+        kept.append(conv_relu._entries[id(weight)].packed)
+    assert kept[0] is None
+    assert all(packed is kept[1] for packed in kept[1:])
+
+
 def test_a_kept_weight_goes_with_its_weight():
     x, weight = torch.randn(1, 4, 5, 5), torch.randn(4, 4, 3, 3)
     for _ in range(3):

@@ -11,6 +11,7 @@ from tolerances import assert_matches
 from fastalex import backend, dispatch, ops
 from fastalex import functional as F
 from fastalex.kernels.registers import interpreting
+from fastalex.ops import conv_relu_pool
 from fastalex.ops.conv_candidates import CONV2D_INPUT_GRAD, CONV2D_RELU, CONV2D_WEIGHT_GRAD
 
 GEOMETRY = {"stride": (1, 2), "padding": (1, 0), "groups": 2}
@@ -88,6 +89,8 @@ def test_opcheck():
         stage = (x, w, b, [1, 1], [1, 1], [1, 1], 2)
         torch.library.opcheck(ops.conv2d_relu_pool, (*stage, *NORM, [3, 3], [2, 2], True))
         torch.library.opcheck(ops.conv2d_relu_pool, (*stage, *F.ResponseNorm(0), [3, 3], [2, 2], True))
+        frozen = (x.detach(), w.detach(), b.detach(), *stage[3:])
+        torch.library.opcheck(ops.conv2d_relu_pool, (*frozen, *NORM, [3, 3], [2, 2], False))
 
 
 def test_gradcheck():
@@ -111,6 +114,70 @@ def test_pooling_stage_keeps_no_activation():
         F.conv2d_relu_max_pool2d(x, w, b, 1, 1, 1, 2)
     shapes = sorted(tuple(t.shape) for t in saved if t.numel())
     assert shapes == sorted([tuple(x.shape), tuple(w.shape), (2, 16, 4, 5)])
+
+
+@pytest.fixture
+def block_of_three(monkeypatch):
+    """-> the batches that the kernels of a stage were called with, for `inputs` of float32 in blocks of at most 3."""
+    batches = []
+    whole = conv_relu_pool.forward
+    monkeypatch.setattr(conv_relu_pool, "BLOCK_BYTES", 3 * 16 * 9 * 11 * 4)
+    monkeypatch.setattr(conv_relu_pool, "forward", lambda x, *rest: batches.append(x.shape[0]) or whole(x, *rest))
+    return batches
+
+
+@pytest.mark.parametrize(
+    ("images", "threads", "blocks"),
+    [(0, 1, [0]), (1, 1, [1]), (3, 1, [3]), (4, 1, [2, 2]), (7, 1, [3, 3, 1]), (7, 2, [3, 3, 1]), (7, 5, [7])],
+)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("norm", [NORM, F.ResponseNorm(0)], ids=["lrn pool", "pool"])
+@pytest.mark.parametrize("window", [3, 2])  # LRN has no fused form with 2
+def test_inference_in_blocks_of_images(window, norm, layout, images, threads, blocks, block_of_three, monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    x, w, b = (t.detach() for t in inputs(layout=LAYOUTS[layout]))
+    x = tensor(images, *x.shape[1:], layout=LAYOUTS[layout]).detach()
+    parameters = [1, 1], [1, 1], [1, 1], 2, *norm, [window, window], [2, 2]
+    y, activation, codes = ops.conv2d_relu_pool(x, w, b, *parameters, False)
+    assert block_of_three == blocks
+    assert activation.numel() == codes.numel() == 0
+    parts = [ops.conv2d_relu_pool(part, w, b, *parameters, True)[0] for part in x.split(blocks[0])]
+    assert torch.equal(y, torch.cat(parts))
+    assert y.stride() == ops.conv2d_relu_pool(x, w, b, *parameters, True)[0].stride()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+def test_blocks_of_every_dtype(dtype, block_of_three):
+    x, w, b = (t.detach().to(dtype) for t in inputs(layout=torch.channels_last))
+    x = torch.cat([x] * 4)[1:]  # seven
+    y = F.conv2d_relu_max_pool2d(x, w, b, 1, 1, 1, 2, norm=NORM)
+    expected = {torch.float64: [2, 2, 2, 1], torch.float32: [3, 3, 1]}.get(dtype, [4, 3])
+    assert block_of_three == expected
+    parts = [F.conv2d_relu_max_pool2d(part, w, b, 1, 1, 1, 2, norm=NORM) for part in x.split(expected[0])]
+    assert y.dtype == dtype
+    assert torch.equal(y, torch.cat(parts))
+
+
+def test_blocks_under_compile_and_vmap(block_of_three):
+    x, w, b = (t.detach() for t in inputs(layout=torch.channels_last))
+    x = torch.cat([x] * 4)
+
+    def stage(x):
+        return F.conv2d_relu_max_pool2d(x, w, b, 1, 1, 1, 2, norm=NORM)
+
+    y = stage(x)
+    assert torch.equal(torch.compile(stage, fullgraph=True, backend="aot_eager")(x), y)
+    assert torch.equal(torch.func.vmap(stage)(torch.stack([x, x]))[1], y)
+    assert block_of_three == [3, 3, 2] * 4
+
+
+def test_only_inference_runs_in_blocks(block_of_three):
+    x, w, b = inputs()
+    x = torch.cat([x] * 4)
+    F.conv2d_relu_max_pool2d(x, w, b, 1, 1, 1, 2, norm=NORM).sum().backward()
+    with torch.no_grad(), backend.use("triton"):  # one launch for all images
+        F.conv2d_relu_max_pool2d(x, w, b, 1, 1, 1, 2, norm=NORM)
+    assert block_of_three == [8, 8]
 
 
 def test_autocast_runs_in_its_dtype():
