@@ -10,6 +10,7 @@ import torch
 
 from fastalex.cpu import pieces
 from fastalex.cpu.lrn import lrn_bwd, lrn_fwd
+from fastalex.cpu.lrn_max_pool import lrn_max_pool_bwd, lrn_max_pool_fwd
 
 
 @pytest.fixture
@@ -70,8 +71,13 @@ def test_one_thread(clock, monkeypatch):
     assert set(run(clock, 5000, lambda limit: 1.0)) == {pieces.ONE_THREAD}
 
 
+def pooled(x, *norm):
+    y, codes = lrn_max_pool_fwd(x, *norm, after_relu=True)
+    return lrn_max_pool_bwd(y, codes, x, *norm)
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("operation", ["forward", "backward"])
+@pytest.mark.parametrize("operation", ["forward", "backward", "with pooling"])
 def test_two_threads_beside_a_busy_process(operation):
     """Two threads on a machine whose cores are taken cost what one thread costs, within a factor of 3.
 
@@ -79,7 +85,7 @@ def test_two_threads_beside_a_busy_process(operation):
     rest of the bound is for the scheduler; without the policy the factor was 5 to 120.
     """
     x = torch.randn(16, 96, 55, 55).relu().to(memory_format=torch.channels_last)
-    call = lrn_fwd if operation == "forward" else lambda *args: lrn_bwd(x, *args)
+    call = {"forward": lrn_fwd, "backward": lambda *args: lrn_bwd(x, *args), "with pooling": pooled}[operation]
     before = torch.get_num_threads()
     competitor = "import torch; torch.set_num_threads(2); a = torch.rand(1000, 1000)\nwhile True: a @ a"
     process = subprocess.Popen([sys.executable, "-c", competitor])
