@@ -3,6 +3,7 @@
 The operator is private to PyTorch, so it is looked for and never required.  A weight whose values have been seen
 before is kept in oneDNN's blocked layout: inference then reorders it once instead of in every call (bf16 at batch 1 on
 a Sapphire Rapids: 0.6 to 0.9 of the time), while a weight that an optimiser changes at every step is never kept.
+Where `fastalex.cpu.winograd` is faster, its matrices are kept instead.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from fastalex.cpu import winograd
 
 Sizes = list[int] | tuple[int, ...]
 
@@ -47,14 +50,18 @@ def conv_relu_fwd(
     """max(0, conv2d(x, weight) + bias): (N, C, H, W), (K, C/groups, R, S) -> (N, K, OH, OW)."""
     if not (x.numel() and has_fused_convolution() and has_onednn_dtype(x.dtype)):
         return F.conv2d(x, weight, bias, stride, padding, dilation, groups).relu_()
-    geometry = Geometry(tuple(x.shape[1:]), tuple(stride), tuple(padding), tuple(dilation), groups)
+    sizes = tuple(stride), tuple(padding), tuple(dilation), groups
+    use_winograd = winograd.suits(x, weight, *sizes)
+    ready = prepared(weight, Geometry(tuple(x.shape[1:]), *sizes, use_winograd), x.shape[0])
+    if use_winograd and ready is not None:
+        return winograd.conv_relu_fwd(x, ready, bias, groups)
     return torch.ops.mkldnn._convolution_pointwise(
-        x, packed(weight, geometry, x.shape[0]), bias, padding, stride, dilation, groups, "relu", [], ""
+        x, weight if ready is None else ready, bias, padding, stride, dilation, groups, "relu", [], ""
     )
 
 
 class Geometry(NamedTuple):
-    """What oneDNN's choice of a weight layout depends on.
+    """What the form of a weight depends on: oneDNN's layout, or Winograd's matrices.
 
     Not the batch: batches of 1 to 128 got one layout for all of AlexNet's convolutions.  Where that should fail, oneDNN
     reorders the weight in the call.
@@ -65,24 +72,25 @@ class Geometry(NamedTuple):
     padding: tuple[int, ...]
     dilation: tuple[int, ...]
     groups: int
+    winograd: bool
 
 
 class _Entry(NamedTuple):
     state: tuple[int, int]  # version and address of the weight's values
     geometry: Geometry
     sample: Tensor  # some of the values
-    packed: Tensor | None  # None after the first sight
+    prepared: Tensor | None  # None after the first sight
 
 
 # By id; an entry goes when its weight does.
 _entries: dict[int, _Entry] = {}
 
 
-def packed(weight: Tensor, geometry: Geometry, batch: int) -> Tensor:
-    """The weight in oneDNN's layout from the second call with the same values on, the weight itself before."""
+def prepared(weight: Tensor, geometry: Geometry, batch: int) -> Tensor | None:
+    """The weight in the form of this geometry from the second call with the same values on, before None."""
     dense = weight.is_contiguous() or weight.is_contiguous(memory_format=torch.channels_last)
     if weight.is_inference() or not dense:
-        return weight  # an inference tensor has no version counter
+        return None  # an inference tensor has no version counter
     key, state = id(weight), (weight._version, weight.data_ptr())
     # A change through `weight.data` leaves the version as it was.  An update of a whole tensor shows in these values.
     sample = weight.as_strided((min(64, weight.numel()),), (max(1, weight.numel() // 64),))
@@ -91,12 +99,16 @@ def packed(weight: Tensor, geometry: Geometry, batch: int) -> Tensor:
         weakref.finalize(weight, _entries.pop, key, None)
     if entry is None or entry.state != state or entry.geometry != geometry or not torch.equal(entry.sample, sample):
         _entries[key] = _Entry(state, geometry, sample.clone(), None)
-        return weight
-    if entry.packed is None:
-        image_shape, stride, padding, dilation, groups = geometry
-        reorder: Any = torch._C._nn.mkldnn_reorder_conv2d_weight  # its stub has other arguments
-        blocked = reorder(weight.contiguous().to_mkldnn(), padding, stride, dilation, groups, (batch, *image_shape))
-        entry = entry._replace(packed=blocked)
+        return None
+    if entry.prepared is None:
+        entry = entry._replace(prepared=_prepare(weight, geometry, batch))
         _entries[key] = entry
-    assert entry.packed is not None
-    return entry.packed
+    return entry.prepared
+
+
+def _prepare(weight: Tensor, geometry: Geometry, batch: int) -> Tensor:
+    image_shape, stride, padding, dilation, groups, use_winograd = geometry
+    if use_winograd:
+        return winograd.transformed(weight, groups)
+    reorder: Any = torch._C._nn.mkldnn_reorder_conv2d_weight  # its stub has other arguments
+    return reorder(weight.contiguous().to_mkldnn(), padding, stride, dilation, groups, (batch, *image_shape))

@@ -51,7 +51,7 @@ def test_a_changed_weight_is_seen():
             expected = torch.nn.functional.conv2d(x, weight, padding=1).relu()
             for _ in range(3):
                 torch.testing.assert_close(conv_relu_fwd(x, weight, *arguments), expected)
-        assert conv_relu._entries[id(weight)].packed is not None
+        assert conv_relu._entries[id(weight)].prepared is not None
 
     check()
     with torch.no_grad():
@@ -76,7 +76,7 @@ def test_a_kept_weight_serves_every_batch(dtype):
         expected = reference.conv2d_relu(x.double(), weight.double(), None, 1, 1)
         magnitude = reference.conv2d_relu(x.double().abs(), weight.double().abs(), None, 1, 1)
         assert_matches(y, expected, terms=73, magnitude=magnitude)
-        kept.append(conv_relu._entries[id(weight)].packed)
+        kept.append(conv_relu._entries[id(weight)].prepared)
     assert kept[0] is None
     assert all(packed is kept[1] for packed in kept[1:])
 
