@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import traceback
 from collections.abc import Iterator
 from datetime import timedelta
 from typing import TypeVar
@@ -53,8 +54,23 @@ def process_group(device: torch.device) -> Iterator[None]:
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT)
     try:
         yield
+    except BaseException as error:
+        drop_locals(error)
+        raise
     finally:
         dist.destroy_process_group()
+
+
+def drop_locals(error: BaseException) -> None:
+    """Empties the frames that an error came through, and those of the errors that it was raised from.
+
+    Such a frame may hold a DistributedDataParallel, which must not outlive its group: the last to let go of it waits
+    for the group's threads with Python's lock, and one of them may wait for that lock (pytorch#56297).
+    """
+    seen: BaseException | None = error
+    while seen is not None:
+        traceback.clear_frames(seen.__traceback__)
+        seen = seen.__context__
 
 
 def equal_shares(indices: Tensor, number: int) -> list[tuple[Tensor, int]]:
