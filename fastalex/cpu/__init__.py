@@ -27,6 +27,7 @@ def _compiled() -> ModuleType | None:
         return None
     try:
         return importlib.import_module("fastalex.cpu.compiled")
-    except ImportError as error:  # numba refuses a numpy that is newer than itself
+    # numba refuses a numpy that is newer than itself, and a cache that it can write nowhere
+    except (ImportError, RuntimeError) as error:
         logging.getLogger("fastalex").warning("the CPU kernels do without numba: %s", error)
         return None

@@ -90,9 +90,12 @@ def test_bfloat16_is_rounded_as_pytorch_rounds():
     assert torch.equal(torch.signbit(back[:-9]), torch.signbit(expected[:-9]))
 
 
-def test_does_without_a_numba_that_cannot_be_imported(monkeypatch, caplog):
+@pytest.mark.parametrize(
+    "error", [ImportError("Numba needs NumPy 2.4 or less"), RuntimeError("cannot cache function 'lrn_kernel'")]
+)
+def test_does_without_a_numba_that_cannot_be_imported(error, monkeypatch, caplog):
     def refuse(name):
-        raise ImportError("Numba needs NumPy 2.4 or less")
+        raise error
 
     monkeypatch.setattr(importlib, "import_module", refuse)
     cpu._compiled.cache_clear()
@@ -101,9 +104,7 @@ def test_does_without_a_numba_that_cannot_be_imported(monkeypatch, caplog):
         for _ in range(2):
             assert cpu.compiled_for(x) is None
             lrn_fwd(x, *NORM)
-        assert [record.message for record in caplog.records] == [
-            "the CPU kernels do without numba: Numba needs NumPy 2.4 or less"
-        ]
+        assert [record.message for record in caplog.records] == [f"the CPU kernels do without numba: {error}"]
     finally:
         cpu._compiled.cache_clear()
 
