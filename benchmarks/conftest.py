@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import platform
 import subprocess
 from collections.abc import Callable
@@ -121,7 +122,8 @@ def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: di
     machine_info["processor"] = processor()
     machine_info["gpu"] = gpu() if harness.device() == "cuda" else None
     machine_info["torch"] = torch.__version__
-    machine_info["triton"] = triton_version()
+    machine_info["triton"] = version("triton")
+    machine_info["numba"] = version("numba")
     machine_info["fastalex"] = commit()
 
 
@@ -173,12 +175,11 @@ def nvidia_smi(fields: str) -> str | None:
         return None
 
 
-def triton_version() -> str | None:
+def version(package: str) -> str | None:
     try:
-        import triton
-    except ImportError:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
         return None
-    return triton.__version__
 
 
 def commit() -> dict[str, Any]:

@@ -49,7 +49,7 @@ def reduced(full: dict[str, Any]) -> Result:
         "schema": SCHEMA,
         "date": full["datetime"][:10],
         "device": info["device"],
-        "machine": {key: machine.get(key) for key in ("processor", "gpu", "torch", "triton", "fastalex")},
+        "machine": {key: machine.get(key) for key in ("processor", "gpu", "torch", "triton", "numba", "fastalex")},
         "threads": info.get("threads"),
         "measured": full.get("measured"),
         "cases": [_case(case) for case in measured],
@@ -92,7 +92,10 @@ def machine(result: Result) -> str:
     known = result["machine"]
     gpu = known["gpu"]
     device = gpu["name"] if gpu else f"{known['processor']}, {result['threads']} thread"
-    versions = f"torch {known['torch']}" + (f", cuDNN {gpu['cudnn']}, driver {gpu['driver']}" if gpu else "")
+    more = (
+        f", cuDNN {gpu['cudnn']}, driver {gpu['driver']}" if gpu else f", numba {known.get('numba') or 'not installed'}"
+    )
+    versions = f"torch {known['torch']}{more}"
     return f"{device}, {versions}, {result['date']}"
 
 

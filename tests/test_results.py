@@ -28,7 +28,7 @@ def case(provider, median, ratio, group="lrn-conv1-forward-fp32-8x96x55x55", **c
 FULL = {
     "datetime": "2026-01-02T03:04:05",
     "machine_info": {
-        "processor": "Some CPU", "gpu": None, "torch": "2.14.1", "triton": "3.8.0",
+        "processor": "Some CPU", "gpu": None, "torch": "2.14.1", "triton": "3.8.0", "numba": "0.68.1",
         "fastalex": {"commit": "abc", "changed": False}, "node": "secret",
     },
     "measured": {"copy_gb_per_s": 8.0},
@@ -67,7 +67,7 @@ def test_the_small_file_keeps_medians_ratios_and_the_machine(full, tmp_path):
 
 def test_table_names_the_machine_and_keeps_losing_rows(full):
     lines = results.markdown(results.load(full)).splitlines()
-    assert lines[0].startswith("Some CPU, 1 thread, torch 2.14.1, 2026-01-02. ")
+    assert lines[0].startswith("Some CPU, 1 thread, torch 2.14.1, numba 0.68.1, 2026-01-02. ")
     assert lines[2] == "| case | fastalex, ms | eager / fastalex | compile / fastalex | load average |"
     assert lines[4] == "| lrn-conv1-forward-fp32-8x96x55x55 | 12.3 | 2.50 | **0.80** | 1.3 |"
     assert lines[5] == "| inference-paper-fp32 | 500 | 1.50 | - | 1.3 |"
@@ -124,7 +124,7 @@ def test_summary():
         case("torchvision", 0.1, {}, "left out", operation="input", **{"pass": "read"}),
     ]
     lines = results.summary(results.reduced({**FULL, "benchmarks": cases})).splitlines()
-    assert lines[0].startswith("Some CPU, 1 thread, torch 2.14.1, 2026-01-02. ")
+    assert lines[0].startswith("Some CPU, 1 thread, torch 2.14.1, numba 0.68.1, 2026-01-02. ")
     assert lines[2] == "| | layer or variant | dtype | batch | fastalex, ms | eager | openvino |"
     assert lines[4:] == [
         "| AlexNet, inference | paper | bf16 | 1 | 10 | - | **0.05** |",

@@ -329,7 +329,7 @@ def test_device_times_become_the_rounds_of_pytest_benchmark(tmp_path):
     assert "NO GPU HERE" in done.stdout
     files[1].write_bytes(files[0].read_bytes())
     content = json.loads(files[0].read_text())
-    assert {"processor", "gpu", "torch", "triton", "fastalex"} <= set(content["machine_info"])
+    assert {"processor", "gpu", "torch", "triton", "numba", "fastalex"} <= set(content["machine_info"])
     assert "copy_gb_per_s" in content["measured"]
     ours, eager = content["benchmarks"]
     assert ours["group"] == eager["group"] == "lrn-small-forward-fp32-2x8"
