@@ -198,7 +198,6 @@ def linear_relu_dropout(
     the stream differs from `torch.nn.functional.dropout`'s.
     Raises ValueError unless 0 <= p <= 1 and the shapes fit, RuntimeError for mixed dtypes or devices.
     """
-    input, weight, bias = _autocast(input, weight, bias)
     if not 0 <= p <= 1:
         raise ValueError(f"p, the dropout probability, must lie in [0, 1], got {p}")
     if input.dim() == 0 or weight.dim() != 2 or input.shape[-1] != weight.shape[1]:
@@ -206,10 +205,17 @@ def linear_relu_dropout(
             f"input must be (..., in_features) and weight (out_features, in_features), "
             f"got {_shape(input)} and {_shape(weight)}"
         )
-    _check_same("linear_relu_dropout", input, weight, bias)
     if not training:
         p = 0.0
-    if p == 1 or backend.takes_reference("linear_relu_dropout", input):  # nothing is left to fuse where all is dropped
+    # nothing is left to fuse where all is dropped
+    by_reference = p == 1 or backend.takes_reference("linear_relu_dropout", input)
+    if not by_reference and _operator_narrows(input, weight, bias):
+        _check_same("linear_relu_dropout", weight, weight, bias)
+        input = input.to(torch.get_autocast_dtype("cpu"))
+    else:
+        input, weight, bias = _autocast(input, weight, bias)
+        _check_same("linear_relu_dropout", input, weight, bias)
+    if by_reference:
         return reference.linear_relu_dropout(input, weight, bias, p, training)
     seed = torch.randint(2**62, (1,), device=input.device) if p > 0 else None
     return call(ops.linear_relu_dropout, input, weight, bias, p, seed)
@@ -226,6 +232,17 @@ def _autocast(input: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tenso
         return input, weight, bias
     dtype = torch.get_autocast_dtype(device)
     return input.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+
+
+def _operator_narrows(input: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    """Whether autocast is left to the CPU operator, which narrows float32 parameters for less than `_autocast` does."""
+    return (
+        torch.is_autocast_enabled("cpu")
+        and all(t is None or t.is_cpu for t in (input, weight, bias))
+        and all(t is None or t.dtype == torch.float32 for t in (weight, bias))
+        and input.dtype in (torch.float32, torch.float16, torch.bfloat16)
+        and not backend.takes_triton("linear_relu_dropout", input)
+    )
 
 
 def _shape(tensor: Tensor) -> tuple[int, ...]:

@@ -1,4 +1,8 @@
-"""Operator `fastalex::linear_relu_dropout`.  No stored mask: the sign of the saved output carries ReLU and dropout."""
+"""Operator `fastalex::linear_relu_dropout`.  No stored mask: the sign of the saved output carries ReLU and dropout.
+
+On a CPU the weight and the bias may be wider than the input, as they are under autocast: the operator narrows them, and
+gives their gradients in their own dtype.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastalex import backend, dispatch
+from fastalex.cpu.linear import narrowed, weight_grad
 from fastalex.ops.common import call, device_of, differentiable, implementation, operator, refuse_double_backward
 
 NAME = "linear_relu_dropout"
@@ -80,6 +85,7 @@ def linear_relu_dropout_backward(
         scale = 1 / (1 - p)
         grad_rows = grad.reshape(-1, grad.shape[-1])
         output_rows = output.reshape(-1, output.shape[-1])
+        rows = input.reshape(-1, input.shape[-1])
         bias_grad = None
         if backend.takes_triton(NAME, input):
             kernels = implementation("relu_bias_grad", NAME, input)
@@ -89,11 +95,11 @@ def linear_relu_dropout_backward(
             if p > 0:
                 before_relu.mul_(scale)
             if needs[2]:
-                bias_grad = before_relu.sum(0)
+                bias_grad = before_relu.sum(0, dtype=weight.dtype)
         none = input.new_empty(0)
         return (
-            (before_relu @ weight).view(input.shape) if needs[0] else none,
-            before_relu.t() @ input.reshape(-1, input.shape[-1]) if needs[1] else none.clone(),
+            (before_relu @ narrowed(weight, input.dtype)).view(input.shape) if needs[0] else none,
+            weight_grad(before_relu, rows, weight.dtype) if needs[1] else none.clone(),
             none.clone() if bias_grad is None else bias_grad.to(weight.dtype),
         )
 

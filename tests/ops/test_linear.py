@@ -4,9 +4,11 @@ import pytest
 import torch
 import torch.nn.functional as torch_functional
 from operator_checks import MODES, check_against_reference, check_citizenship, tensor
+from tolerances import assert_matches
 
 from fastalex import backend, ops
 from fastalex import functional as F
+from fastalex.cpu import linear as linear_on_cpu
 from fastalex.ops.linear import LINEAR_RELU
 
 
@@ -81,6 +83,78 @@ def test_compiled_dropout_changes_from_call_to_call():
     x, w, b = inputs()
     compiled = torch.compile(lambda *t: F.linear_relu_dropout(*t, 0.5), fullgraph=True, backend="aot_eager")
     assert not torch.equal(compiled(x, w, b), compiled(x, w, b))
+
+
+def narrowed(x, w, b, p=0.5):
+    """The layer with parameters narrowed by `to`, whose backward widens the gradients."""
+    return F.linear_relu_dropout(x.bfloat16(), w.bfloat16(), b.bfloat16(), p)
+
+
+def in_autocast(x, w, b, p=0.5):
+    with torch.autocast("cpu", torch.bfloat16):
+        return F.linear_relu_dropout(x, w, b, p)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("elements", [1, 40, 2**20])  # blocks of 1, 3 and all 8 rows
+@pytest.mark.parametrize("x_dtype", [torch.float32, torch.bfloat16])
+def test_autocast(x_dtype, elements, mode, monkeypatch):
+    """Twice, with other weights and shapes in between, so that a stale buffer would show."""
+    monkeypatch.setattr(linear_on_cpu, "BLOCK_ELEMENTS", elements)
+    x, w, b = inputs()
+    x = x.detach().to(x_dtype).requires_grad_()
+    results = []
+    for function in (in_autocast, narrowed):
+        torch.manual_seed(5)
+        with backend.use(mode):
+            y = function(x, w, b)
+            function(*inputs())
+            function(tensor(3, 4), tensor(5, 4), tensor(5)).sum().backward()
+            y.backward(torch.linspace(-1, 1, y.numel()).to(y.dtype).view(y.shape))
+        results.append((y, x.grad, w.grad, b.grad))
+        x.grad = w.grad = b.grad = None
+    (y, dx, dw, db), (expected, *gradients) = results
+    assert y.dtype == torch.bfloat16
+    assert [dx.dtype, dw.dtype, db.dtype] == [x_dtype, torch.float32, torch.float32]
+    assert torch.equal(y, expected)
+    assert torch.equal(dx, gradients[0])
+    assert torch.equal(dw, gradients[1])
+    # summed in float32 where `narrowed` rounds the sum
+    torch.testing.assert_close(db, gradients[2], rtol=2**-8, atol=1e-6)
+    rows = torch.linspace(-1, 1, y.numel()).bfloat16().mul(y.flatten() > 0).view(-1, 8)
+    if mode == "auto":
+        assert_matches(db, 2 * rows.double().sum(0), terms=15, magnitude=2 * rows.double().abs().sum(0))
+
+
+def test_autocast_keeps_the_parameters_and_no_copies():
+    x, w, b = inputs()
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        in_autocast(x, w, b)
+    assert {t.data_ptr() for t in saved if t.dtype == torch.float32} == {w.data_ptr()}
+    assert all(t.numel() != w.numel() for t in saved if t.dtype == torch.bfloat16)
+    y = in_autocast(x, w, b)
+    with torch.no_grad():
+        w.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
+def test_autocast_is_a_citizen():
+    x, w, b = inputs()
+    check_citizenship(lambda *t: in_autocast(*t, 0.0), [x.detach().bfloat16().requires_grad_(), w, b])
+    torch.library.opcheck(ops.linear_relu_dropout, (x.bfloat16(), w, b, 0.5, torch.tensor([7])))
+
+
+def test_mixed_dtypes():
+    x, w, b = inputs()
+    with pytest.raises(RuntimeError, match=r"weight is torch\.float32 but input is torch\.bfloat16"):
+        F.linear_relu_dropout(x.bfloat16(), w, b)
+    with pytest.raises(RuntimeError, match="bias is on meta"):
+        in_autocast(x, w, b.to("meta"))
+    assert in_autocast(x, w, b.bfloat16()).dtype == torch.bfloat16
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(ValueError, match=r"bias must have shape \(8,\)"):
+        F.linear_relu_dropout(x, w, b[1:])
 
 
 def test_empty_batch():
