@@ -31,6 +31,7 @@ NAME = "conv2d_relu_pool"
 # Of the activation of a block of images on a CPU.  Buffers above 32 MiB, where glibc stops keeping them, cost their
 # page faults in every call: conv1 of 32 images in fp32 (37 MB) with LRN and pooling took 0.88 of the time in two blocks
 # (Zen 4, 1 MiB of L2 cache), 0.96 in 32, where the weight and the scratch of the LRN leave the cache between blocks.
+# A whole model in fp32 gains 2 to 4 %.
 BLOCK_BYTES = 16 * 2**20
 
 
