@@ -1,0 +1,14 @@
+"""What the benchmarks count."""
+
+import pytest
+
+from benchmarks.models import flops
+from fastalex.describe import describe
+
+
+@pytest.mark.parametrize("variant", ["paper", "torchvision"])
+def test_flops_of_a_training_step_know_groups(variant):
+    layers = {layer.name: layer.flops for layer in describe(variant).layers}
+    forward = sum(layers.values())
+    assert flops(variant, (3, 3, 224, 224), backward=False) == 3 * forward
+    assert flops(variant, (3, 3, 224, 224), backward=True) == 3 * (3 * forward - layers["conv1"])
