@@ -92,11 +92,11 @@ def machine(result: Result) -> str:
     known = result["machine"]
     gpu = known["gpu"]
     device = gpu["name"] if gpu else f"{known['processor']}, {result['threads']} thread"
-    more = (
-        f", cuDNN {gpu['cudnn']}, driver {gpu['driver']}" if gpu else f", numba {known.get('numba') or 'not installed'}"
-    )
-    versions = f"torch {known['torch']}{more}"
-    return f"{device}, {versions}, {result['date']}"
+    if gpu:
+        others = f"cuDNN {gpu['cudnn']}, driver {gpu['driver']}"
+    else:
+        others = f"numba {known.get('numba') or 'not installed'}"
+    return f"{device}, torch {known['torch']}, {others}, {result['date']}"
 
 
 def _ratio(ratio: float | None) -> str:

@@ -61,7 +61,7 @@ def widen(value: Any) -> Any:
 
 
 def narrow(value: Any, like: Any) -> Any:
-    """A float32 as an element of the array `like`, rounded to nearest, ties to even."""
+    """A float32 as an element of the array `like`; to bfloat16 rounded to nearest, ties to even."""
     raise NotImplementedError
 
 
@@ -89,19 +89,15 @@ def _narrow(value, like):  # type: ignore[no-untyped-def]
 # Loops run over slices, not at offsets: numba would test every index at an offset for being negative.  It also copies
 # slices in ways that are not vectorised.
 @inlined
-def copy(source, target):  # type: ignore[no-untyped-def]
-    for i in range(source.size):
-        target[i] = source[i]
-
-
-@inlined
 def load(source, target):  # type: ignore[no-untyped-def]
+    """Into an array of float32."""
     for i in range(source.size):
         target[i] = widen(source[i])
 
 
 @inlined
 def store(source, target):  # type: ignore[no-untyped-def]
+    """Into an array of any type."""
     for i in range(source.size):
         target[i] = narrow(source[i], target)
 
@@ -127,8 +123,9 @@ def window_sums(terms, size, scale, k, sums):  # type: ignore[no-untyped-def]
 
 
 @inlined
-def bases(x, below, size, scale, k, squares, base):  # type: ignore[no-untyped-def]
-    """What is raised to the power beta, for some rows of channels."""
+def bases(x, norm, squares, base):  # type: ignore[no-untyped-def]
+    """What is raised to the power beta, for some rows of channels; `norm` as `_norm` makes it."""
+    below, size, scale, k = norm
     rows, channels = x.shape
     for r in range(rows):
         source, target = x[r], squares[r, below : below + channels]
@@ -139,9 +136,9 @@ def bases(x, below, size, scale, k, squares, base):  # type: ignore[no-untyped-d
 
 
 @inlined
-def normalise(x, below, size, scale, k, squares, base, y):  # type: ignore[no-untyped-def]
+def normalise(x, norm, squares, base, y):  # type: ignore[no-untyped-def]
     """Some rows of channels, from x to y; the borders of `squares` are zeros."""
-    bases(x, below, size, scale, k, squares, base)
+    bases(x, norm, squares, base)
     # flat: in a loop over one row of 96 channels a third of the roots would be taken four at a time
     flat_x, flat_base, flat_y = x.reshape(-1), base.reshape(-1), y.reshape(-1)
     for i in range(x.size):
@@ -150,18 +147,19 @@ def normalise(x, below, size, scale, k, squares, base, y):  # type: ignore[no-un
 
 
 @inlined
-def normalise_backward(grad, x, below, size, scale, k, slope, squares, base, terms, dx):  # type: ignore[no-untyped-def]
+def normalise_backward(grad, x, norm, slope, squares, base, terms, dx):  # type: ignore[no-untyped-def]
     """The gradient of some rows; `grad`, in float32, is overwritten."""
-    bases(x, below, size, scale, k, squares, base)
+    bases(x, norm, squares, base)
     flat_grad, flat_x, flat_base, flat_dx = grad.reshape(-1), x.reshape(-1), base.reshape(-1), dx.reshape(-1)
     for i in range(x.size):
         root = np.sqrt(flat_base[i])
         flat_grad[i] /= root * np.sqrt(root)
         flat_base[i] = widen(flat_x[i]) / flat_base[i] * flat_grad[i]
     rows, channels = x.shape
+    below, size, _, _ = norm
     above = size - 1 - below
     for r in range(rows):
-        copy(base[r], terms[r, above : above + channels])
+        load(base[r], terms[r, above : above + channels])
     window_sums(terms[:rows], size, slope, np.float32(0), base[:rows])
     for i in range(x.size):
         flat_dx[i] = narrow(flat_grad[i] + widen(flat_x[i]) * flat_base[i], dx)
@@ -218,25 +216,25 @@ def gather(grad, codes, image, h, w, channels, output, kernel, stride, padding, 
 
 # -------------------------------------------------------------------------------------------------------- the kernels
 @compiled
-def lrn_kernel(start, stop, x, y, below, size, scale, k):  # type: ignore[no-untyped-def]
+def lrn_kernel(start, stop, x, y, norm):  # type: ignore[no-untyped-def]
     channels = x.shape[1]
     strip = max(1, STRIP // channels)
-    squares, base = np.zeros((strip, channels + size - 1), np.float32), np.empty((strip, channels), np.float32)
+    squares, base = np.zeros((strip, channels + norm[1] - 1), np.float32), np.empty((strip, channels), np.float32)
     for a in range(start, stop, strip):
         b = min(a + strip, stop)
-        normalise(x[a:b], below, size, scale, k, squares, base, y[a:b])
+        normalise(x[a:b], norm, squares, base, y[a:b])
 
 
 @compiled
-def lrn_backward_kernel(start, stop, grad, x, dx, below, size, scale, k, slope):  # type: ignore[no-untyped-def]
+def lrn_backward_kernel(start, stop, grad, x, dx, norm, slope):  # type: ignore[no-untyped-def]
     channels = x.shape[1]
     strip = max(1, STRIP // channels)
-    squares, base = np.zeros((strip, channels + size - 1), np.float32), np.empty((strip, channels), np.float32)
+    squares, base = np.zeros((strip, channels + norm[1] - 1), np.float32), np.empty((strip, channels), np.float32)
     terms, wide = np.zeros(squares.shape, np.float32), np.empty(base.shape, np.float32)
     for a in range(start, stop, strip):
         b = min(a + strip, stop)
         load(grad[a:b].reshape(-1), wide.reshape(-1))
-        normalise_backward(wide, x[a:b], below, size, scale, k, slope, squares, base, terms, dx[a:b])
+        normalise_backward(wide, x[a:b], norm, slope, squares, base, terms, dx[a:b])
 
 
 @compiled
@@ -255,7 +253,7 @@ def max_pool_kernel(start, stop, x, y, codes, plane, output, channels, kernel, s
             offset = (row * output[1] + ow) * channels
             store(best, y[offset : offset + channels])
             if codes.size > 0:
-                copy(found, codes[offset : offset + channels])
+                store(found, codes[offset : offset + channels])
 
 
 @compiled
@@ -271,12 +269,12 @@ def max_pool_backward_kernel(start, stop, grad, codes, dx, plane, output, channe
 
 @compiled
 def lrn_max_pool_kernel(  # type: ignore[no-untyped-def]
-    start, stop, x, y, codes, plane, output, channels, groups, below, size, scale, k, kernel, stride, table, dead
+    start, stop, x, y, codes, plane, output, channels, groups, norm, kernel, stride, table, dead
 ):
     """Normalised rows, rounded to x's dtype, live in a ring as long as windows need them."""
     inside, width = channels // groups, plane[1] * groups
     strip = max(1, STRIP // inside)
-    squares, base = np.zeros((strip, inside + size - 1), np.float32), np.empty((strip, inside), np.float32)
+    squares, base = np.zeros((strip, inside + norm[1] - 1), np.float32), np.empty((strip, inside), np.float32)
     best, found = np.empty(channels, np.float32), np.empty(channels, np.int32)
     ring = np.empty((kernel[0] * width, inside), x.dtype)
     places = np.empty(kernel[0], np.int64)
@@ -291,40 +289,23 @@ def lrn_max_pool_kernel(  # type: ignore[no-untyped-def]
             for a in range(0, width, strip):
                 b = min(a + strip, width)
                 rows = x[source + a : source + b]
-                normalise(rows, below, size, scale, k, squares, base, ring[target + a : target + b])
+                normalise(rows, norm, squares, base, ring[target + a : target + b])
         for ow in range(output[1]):
             first = ow * stride[1] * channels
             pool_window(ring.ravel(), first, places, channels, (0, kernel[0]), (0, kernel[1]), table, dead, best, found)
             offset = (row * output[1] + ow) * channels
             store(best, y[offset : offset + channels])
             if codes.size > 0:
-                copy(found, codes[offset : offset + channels])
+                store(found, codes[offset : offset + channels])
 
 
 @compiled
 def lrn_max_pool_backward_kernel(  # type: ignore[no-untyped-def]
-    start,
-    stop,
-    grad,
-    codes,
-    x,
-    dx,
-    plane,
-    output,
-    channels,
-    groups,
-    below,
-    size,
-    scale,
-    k,
-    slope,
-    kernel,
-    stride,
-    table,
+    start, stop, grad, codes, x, dx, plane, output, channels, groups, norm, slope, kernel, stride, table
 ):
     inside = channels // groups
     strip = max(1, STRIP // channels)
-    squares = np.zeros((strip * groups, inside + size - 1), np.float32)
+    squares = np.zeros((strip * groups, inside + norm[1] - 1), np.float32)
     base, terms = np.empty((strip * groups, inside), np.float32), np.zeros(squares.shape, np.float32)
     total = np.empty((strip, channels), np.float32)
     for row in range(start, stop):
@@ -335,7 +316,7 @@ def lrn_max_pool_backward_kernel(  # type: ignore[no-untyped-def]
                 gather(grad, codes, image, h, w, channels, output, kernel, stride, (0, 0), table, total[w - first])
             a, b = (row * plane[1] + first) * groups, (row * plane[1] + last) * groups
             wide = total.reshape(strip * groups, inside)[: b - a]
-            normalise_backward(wide, x[a:b], below, size, scale, k, slope, squares, base, terms, dx[a:b])
+            normalise_backward(wide, x[a:b], norm, slope, squares, base, terms, dx[a:b])
 
 
 @compiled
@@ -354,7 +335,7 @@ def winograd_tiles_kernel(start, stop, x, tiles, plane, channels, groups):  # ty
                 target[:] = 0
             else:
                 offset = (image * plane[0] + h) * width
-                copy(x[offset : offset + width], target)
+                load(x[offset : offset + width], target)
         combine(rows[0], rows[1], rows[2], rows[3], sums[0], sums[1], sums[2], sums[3])
         for a in range(4):
             for j in range(across):
@@ -419,16 +400,17 @@ def winograd_output_kernel(start, stop, products, bias, y, plane, channels, grou
 def lrn_fwd(x: Tensor, y: Tensor, size: int, alpha: float, k: float, groups: int) -> None:
     """Into y, which is laid out as x; likewise below."""
     arrays = _rows(x, groups), _rows(y, groups)
-    _share(lrn_kernel, len(arrays[0]), x.numel(), *arrays, *_norm(size, alpha, k))
+    _share(lrn_kernel, len(arrays[0]), x.numel(), *arrays, _norm(size, alpha, k))
 
 
 def lrn_bwd(grad: Tensor, x: Tensor, dx: Tensor, size: int, alpha: float, k: float, groups: int) -> None:
     arrays = _rows(grad, groups), _rows(x, groups), _rows(dx, groups)
     slope = np.float32(-2 * alpha * BETA / size)
-    _share(lrn_backward_kernel, len(arrays[0]), x.numel(), *arrays, *_norm(size, alpha, k), slope)
+    _share(lrn_backward_kernel, len(arrays[0]), x.numel(), *arrays, _norm(size, alpha, k), slope)
 
 
 def _norm(size: int, alpha: float, k: float) -> tuple[int, int, np.float32, np.float32]:
+    """(channels of a window below its own, channels of a window, alpha / size, k)"""
     return size // 2, size, np.float32(alpha / size), np.float32(k)
 
 
@@ -473,7 +455,7 @@ def lrn_max_pool_fwd(
         y.shape[0] * y.shape[2],
         x.numel(),
         *(_rows(x, groups), _flat(y), _codes(codes)),
-        *(tuple(x.shape[2:]), tuple(y.shape[2:]), x.shape[1], groups, *_norm(size, alpha, k)),
+        *(tuple(x.shape[2:]), tuple(y.shape[2:]), x.shape[1], groups, _norm(size, alpha, k)),
         *(kernel_size, stride, _table(kernel_size), _dead(kernel_size, after_relu)),
     )
 
@@ -495,7 +477,7 @@ def lrn_max_pool_bwd(
         x.shape[0] * x.shape[2],
         x.numel(),
         *(_flat(grad), _flat(codes), _rows(x, groups), _rows(dx, groups)),
-        *(tuple(x.shape[2:]), tuple(grad.shape[2:]), x.shape[1], groups, *_norm(size, alpha, k)),
+        *(tuple(x.shape[2:]), tuple(grad.shape[2:]), x.shape[1], groups, _norm(size, alpha, k)),
         *(np.float32(-2 * alpha * BETA / size), kernel_size, stride, _table(kernel_size)),
     )
 

@@ -35,76 +35,43 @@ NAME = "conv2d_relu_pool"
 BLOCK_BYTES = 16 * 2**20
 
 
+Conv = tuple[list[int], list[int], list[int], int]  # stride, padding, dilation, groups
+Norm = tuple[int, float, float, float, int]  # size (0: none), alpha, beta, k, groups
+Window = tuple[list[int], list[int]]  # kernel size, stride
+
+
 def forward(
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
-    groups: int,
-    lrn_size: int,
-    alpha: float,
-    beta: float,
-    k: float,
-    lrn_groups: int,
-    kernel_size: list[int],
-    pool_stride: list[int],
-    codes: bool,
+    input: Tensor, weight: Tensor, bias: Tensor | None, conv: Conv, norm: Norm, window: Window, codes: bool
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """The kernels one after the other: pooled, the activation and, with `codes`, the window codes."""
-    activation = conv_relu.forward(input, weight, bias, stride, padding, dilation, groups)
-    if lrn_size:
-        output, found = lrn_max_pool.forward(
-            activation, lrn_size, alpha, beta, k, lrn_groups, kernel_size, pool_stride, True, codes
-        )
+    activation = conv_relu.forward(input, weight, bias, *conv)
+    if norm[0]:
+        output, found = lrn_max_pool.forward(activation, *norm, *window, True, codes)
     else:
+        kernel_size, stride = map(tuple, window)
         output, found = implementation("max_pool", NAME, input).max_pool_fwd(
-            activation,
-            tuple(kernel_size),
-            tuple(pool_stride),
-            (0, 0),
-            (1, 1),
-            False,
-            codes=codes,
-            after_relu=True,
+            activation, kernel_size, stride, (0, 0), (1, 1), False, codes=codes, after_relu=True
         )
     return output, activation, found
 
 
-def inference(
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
-    groups: int,
-    lrn_size: int,
-    alpha: float,
-    beta: float,
-    k: float,
-    lrn_groups: int,
-    kernel_size: list[int],
-    pool_stride: list[int],
-) -> Tensor:
+def inference(input: Tensor, weight: Tensor, bias: Tensor | None, conv: Conv, norm: Norm, window: Window) -> Tensor:
     """Pooled.  On a CPU in nearly equal blocks of images, so that the activation of the whole batch never exists."""
-    rest = stride, padding, dilation, groups, lrn_size, alpha, beta, k, lrn_groups, kernel_size, pool_stride, False
     images = input.shape[0]
-    shape = conv_relu.output_shape(input, weight, stride, padding, dilation)
+    shape = conv_relu.output_shape(input, weight, *conv[:3])
     # A block has an image for every thread: PyTorch's pooling and oneDNN divide images among them.
     blocks = min(-(-math.prod(shape) * input.itemsize // BLOCK_BYTES), images // torch.get_num_threads())
     if blocks <= 1 or backend.takes_triton(NAME, input):
-        return forward(input, weight, bias, *rest)[0]
+        return forward(input, weight, bias, conv, norm, window, False)[0]
     output = torch.empty(
-        lrn_max_pool.pooled_shape(shape, kernel_size, pool_stride),
+        lrn_max_pool.pooled_shape(shape, *window),
         dtype=input.dtype,
         device=input.device,
         memory_format=conv_relu.output_format(input, weight),
     )
     step = -(-images // blocks)
     for part, pooled in zip(input.split(step), output.split(step), strict=True):
-        pooled.copy_(forward(part, weight, bias, *rest)[0])
+        pooled.copy_(forward(part, weight, bias, conv, norm, window, False)[0])
     return output
 
 
@@ -129,11 +96,12 @@ def conv2d_relu_pool(
     """-> pooled, and what a backward needs, empty without `codes`: the activation (with LRN only) and window codes."""
     with device_of(input):
         input, weight = dense(input), dense(weight)
-        parameters = (stride, padding, dilation, groups, lrn_size, alpha, beta, k, lrn_groups, kernel_size, pool_stride)
+        conv, norm = (stride, padding, dilation, groups), (lrn_size, alpha, beta, k, lrn_groups)
+        window = (kernel_size, pool_stride)
         if codes:
-            output, activation, found = forward(input, weight, bias, *parameters, codes)
+            output, activation, found = forward(input, weight, bias, conv, norm, window, codes)
             return output, activation if lrn_size else input.new_empty(0), found  # type: ignore[return-value]
-        output = inference(input, weight, bias, *parameters)
+        output = inference(input, weight, bias, conv, norm, window)
         return output, input.new_empty(0), input.new_empty(0, dtype=torch.int8)
 
 
