@@ -689,6 +689,12 @@ COMMANDS: dict[str, Callable[..., Any]] = {
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line; wrong input ends with one line on stderr and exit code 2."""
+    given = sys.argv[1:] if arguments is None else list(arguments)
+    if given[:1] == ["check"]:
+        # which parses its own arguments: it runs where tyro is missing
+        from fastalex.check.command import main as check
+
+        raise SystemExit(check(given[1:]))
     try:
         tyro.extras.subcommand_cli_from_dict(
             COMMANDS,

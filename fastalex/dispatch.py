@@ -30,6 +30,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fastalex import timing
 from fastalex.files import write_whole
 
 FORMAT = 1
@@ -324,9 +325,14 @@ def read_table(path: Path) -> dict[str, dict[str, Measurement]]:
         return {}
 
 
+def remember(where: str, measured: Mapping[str, Measurement]) -> None:
+    """Merge measurements into this process's table, and not into the user's file."""
+    _table.add(where, measured)
+
+
 def save(where: str, measured: Mapping[str, Measurement]) -> None:
     """Merge measurements into this process's table and the user's file; a directory that is read-only is logged."""
-    _table.add(where, measured)
+    remember(where, measured)
     path = table_path()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -357,12 +363,18 @@ def tune(operation: Operation | str, *args: Any, rounds: int = ROUNDS) -> Measur
     """Time every candidate on these arguments, without saving: `save` does.
 
     Each is first compared with the library's result; one that is refused, raises or differs is recorded with the
-    reason and not timed.  Rounds go through all candidates in turn, so that a drifting clock hurts all alike.
-    Raises RuntimeError during a capture or a compilation.
+    reason and not timed.  Rounds go through all candidates in turn, so that a drifting clock hurts all alike.  On a GPU
+    the times are the device's, of CUDA graphs, with the L2 cache cleared before each.
+    Raises RuntimeError during a capture or a compilation, and BrokenDeviceError where a candidate took the GPU with it.
     """
     operation = find(operation)
     if is_capturing(args[0]):
         raise RuntimeError(f"fastalex.dispatch.tune({operation.name}) cannot run during a capture or a compilation")
+    with timing.side_stream() if args[0].is_cuda else contextlib.nullcontext():
+        return _tune(operation, args, rounds)
+
+
+def _tune(operation: Operation, args: tuple[Any, ...], rounds: int) -> Measurement:
     expected = operation.candidates[operation.library].run(*args)
     refused: dict[str, str] = {}
     running: list[Candidate] = []
@@ -373,14 +385,12 @@ def tune(operation: Operation | str, *args: Any, rounds: int = ROUNDS) -> Measur
                 reason = _difference(candidate.run(*args), expected)
             except Exception as error:  # a compiler's failure is a reason, whatever its class
                 reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+                _blame(candidate, args[0], reason)
         if reason is None:
             running.append(candidate)
         else:
             refused[candidate.name] = reason
-    seconds: dict[str, list[float]] = {candidate.name: [] for candidate in running}
-    for _ in range(rounds):
-        for candidate in running:
-            seconds[candidate.name].append(_seconds(candidate.run, args))
+    seconds = _device_seconds(running, args, rounds) if args[0].is_cuda else _host_seconds(running, args, rounds)
     times = {name: round(1e3 * statistics.median(found), 6) for name, found in seconds.items()}
     default = next(name for name in operation.defaults(*args) if name in times)
     best = min(times, key=times.__getitem__)
@@ -404,14 +414,39 @@ def _difference(found: Tensor, expected: Tensor) -> str | None:
     return None
 
 
+class BrokenDeviceError(RuntimeError):
+    """A candidate left the GPU in a state in which nothing runs on it any more: end the process."""
+
+
+def _blame(candidate: Candidate, tensor: Tensor, reason: str) -> None:
+    """Raises BrokenDeviceError if the GPU answers no more after what the candidate did."""
+    if not tensor.is_cuda:
+        return
+    try:
+        torch.cuda.synchronize(tensor.device)
+    except RuntimeError as error:
+        raise BrokenDeviceError(f"{candidate.name}: {reason}; the GPU answers no more") from error
+
+
+def _device_seconds(running: Sequence[Candidate], args: tuple[Any, ...], rounds: int) -> dict[str, list[float]]:
+    graphs = {}
+    for candidate in running:
+        try:
+            graphs[candidate.name], _ = timing.capture(functools.partial(candidate.run, *args))
+        except timing.CaptureError as error:
+            raise BrokenDeviceError(f"{candidate.name} cannot be captured in a CUDA graph: {error}") from error
+    return {name: [m / 1e3 for m in found] for name, found in timing.interleaved(graphs, rounds).items()}
+
+
+def _host_seconds(running: Sequence[Candidate], args: tuple[Any, ...], rounds: int) -> dict[str, list[float]]:
+    seconds: dict[str, list[float]] = {candidate.name: [] for candidate in running}
+    for _ in range(rounds):
+        for candidate in running:
+            seconds[candidate.name].append(_seconds(candidate.run, args))
+    return seconds
+
+
 def _seconds(run: Callable[..., Any], args: tuple[Any, ...]) -> float:
-    if args[0].is_cuda:
-        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        run(*args)
-        stop.record()
-        stop.synchronize()
-        return start.elapsed_time(stop) / 1e3
     begin = time.perf_counter()
     run(*args)
     return time.perf_counter() - begin
