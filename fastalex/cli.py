@@ -396,45 +396,47 @@ def verify(data: Annotated[Path, tyro.conf.Positional]) -> None:
 
 
 def tune(
-    variant: Literal["paper", "code2012", "torchvision", "bvlc_alexnet", "caffenet"] = "paper",
-    batch_size: int = 128,
-    dtype: Literal["fp16", "bf16", "fp32"] = "fp16",
+    variant: tuple[Literal["paper", "code2012", "torchvision", "bvlc_alexnet", "caffenet"], ...] = ("paper",),
+    batch_size: tuple[int, ...] = (128,),
+    dtype: tuple[Literal["fp16", "bf16", "fp32"], ...] = ("fp16",),
     inference: bool = False,
+    out: Path | None = None,
     device: str | None = None,
 ) -> None:
     """Time the candidates of each layer on this machine's GPU and remember the fastest.
 
     Later runs on the same GPU architecture with the same versions take what was found, for batches of the same bucket:
     below 32, below 128, below 256, and from 256 on.  The results are one readable file; deleting it undoes everything.
+    All cores compile first; then one process times, and a family of kernels that breaks the GPU loses its own alone.
 
     Args:
-        variant: Which AlexNet.
+        variant: Which AlexNets.
         batch_size: Pictures per step.
         dtype: Of pictures and weights; with mixed precision, the lower one.
         inference: Leave the gradients out.
-        device: cuda, cuda:1, ...; by default the first GPU.
+        out: Write this table instead of the user's, which is the one that runs take.
+        device: cuda or cpu; by default a GPU if there is one.
     """
-    import torch
-
-    from fastalex.alexnet import VARIANTS, AlexNet
     from fastalex.dispatch import table_path
-    from fastalex.tuning import tune_model
+    from fastalex.tuning import Job, tune
 
-    if batch_size < 1:
-        raise ValueError(f"--batch-size must be at least 1, got {batch_size}")
+    for size in batch_size:
+        if size < 1:
+            raise ValueError(f"--batch-size must be at least 1, got {size}")
     where = find_device(device)
     if where.type != "cuda":
         raise ValueError(f"tune times kernels on a GPU, and the device here is {where}")
-    number = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}[dtype]
-    model = AlexNet(variant=variant).to(where, number)
-    images = torch.zeros(batch_size, 3, VARIANTS[variant].crop, VARIANTS[variant].crop, dtype=number, device=where)
-    for key, measurement in tune_model(model, images, training=not inference):
-        times = sorted(measurement.milliseconds.items(), key=lambda item: item[1])
+    path = out or table_path()
+    for key, found in tune(Job(variant, dtype, batch_size, not inference), path):
+        if isinstance(found, str):
+            print(f"{key}: {found}")
+            continue
+        times = sorted(found.milliseconds.items(), key=lambda item: item[1])
         print(key)
-        print("  " + ", ".join(f"{name} {ms:.3f} ms" for name, ms in times) + f" -> {measurement.candidate}")
-        for name, reason in measurement.refused.items():
+        print("  " + ", ".join(f"{name} {ms:.3f} ms" for name, ms in times) + f" -> {found.candidate}")
+        for name, reason in found.refused.items():
             print(f"  {name}: {reason}")
-    print(f"wrote {table_path()}")
+    print(f"wrote {path}")
 
 
 def bench(

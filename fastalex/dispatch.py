@@ -6,7 +6,8 @@ has not seen, so the choice is, in this order:
 
 1. what `force` says, for tests and for looking into a problem;
 2. what `tune` has measured here for the same geometry, dtype, batch bucket, GPU architecture and versions;
-3. the operation's shipped default: the library's convolution wherever a faster one is unproven.
+3. what was measured so for a GPU of this architecture, with whatever versions, and ships: fastalex/tables;
+4. the operation's shipped default: the library's convolution wherever a faster one is unproven.
 
 Measurements lie in one JSON file per user, `table_path()`, which can be read, edited and deleted.  It is read once per
 process, and never while a CUDA graph is captured or a model is compiled: those calls take what is known by then.
@@ -157,15 +158,18 @@ def _choose(operation: Operation, settings: Flags, args: tuple[Any, ...]) -> Cho
     key = table_key(operation, settings, args)
     why = _table.why_not(args[0])
     if why is None:
-        measured = _table.entries(environment(args[0].device)).get(key)
+        where = environment(args[0].device)
+        measured, source = _table.entries(where).get(key), "measured"
+        if measured is None:
+            measured, source = shipped_table(where.partition(",")[0]).get(key), "shipped measurement"
         if measured is None:
             why = f"not measured here: {key}"
         else:
             candidate, reasons = _first_supported(operation, [measured.candidate], args)
             if candidate is not None:
                 times = ", ".join(f"{name} {ms:.4g}" for name, ms in measured.milliseconds.items())
-                return Choice(candidate, f"measured at batch {measured.batch}, in ms: {times}")
-            why = f"measured as fastest, but {reasons[0]}"
+                return Choice(candidate, f"{source} at batch {measured.batch}, in ms: {times}")
+            why = f"{source} as fastest, but {reasons[0]}"
     candidate, reasons = _first_supported(operation, operation.defaults(*args), args)
     assert candidate is not None, reasons  # the last default runs anything
     return Choice(candidate, f"shipped default; {why}")
@@ -259,6 +263,13 @@ def table_path() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastalex" / "dispatch.json"
 
 
+@functools.cache
+def shipped_table(architecture: str) -> dict[str, Measurement]:
+    """{key: measurement} for GPUs of this architecture ("sm_90"), none where nobody has measured yet."""
+    tables = read_table(Path(__file__).with_name("tables") / f"{architecture}.json")
+    return {key: measurement for entries in tables.values() for key, measurement in entries.items()}
+
+
 class _Table:
     """The file as this process has read it, and what it has measured itself."""
 
@@ -333,16 +344,20 @@ def remember(where: str, measured: Mapping[str, Measurement]) -> None:
 def save(where: str, measured: Mapping[str, Measurement]) -> None:
     """Merge measurements into this process's table and the user's file; a directory that is read-only is logged."""
     remember(where, measured)
-    path = table_path()
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with _locked(path.with_name("dispatch.lock")):
-            content = read_table(path)
-            content.setdefault(where, {}).update(measured)
-            entries = {w: {key: asdict(m) for key, m in sorted(e.items())} for w, e in sorted(content.items())}
-            write_whole(path, json.dumps({"format": FORMAT, "measurements": entries}, indent=1) + "\n")
+        merge(table_path(), where, measured)
     except OSError as error:
         _log.warning("measurements last for this process only: %s", error)
+
+
+def merge(path: Path, where: str, measured: Mapping[str, Measurement]) -> None:
+    """Add measurements to a file, which other processes may do at the same time.  Raises OSError if it cannot."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with _locked(path.with_name("dispatch.lock")):
+        content = read_table(path)
+        content.setdefault(where, {}).update(measured)
+        entries = {w: {key: asdict(m) for key, m in sorted(e.items())} for w, e in sorted(content.items())}
+        write_whole(path, json.dumps({"format": FORMAT, "measurements": entries}, indent=1) + "\n")
 
 
 @contextlib.contextmanager

@@ -18,7 +18,7 @@ import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
@@ -163,6 +163,14 @@ def run_stage(stage: Stage, log: Log, context: Context, phase: str, process: int
                 os._exit(BROKEN)
             continue
         log.put(**where, state="done", seconds=round(time.perf_counter() - begin, 2), **row)
+        if context.device == "cuda" and not context.timed:
+            # other processes use the same memory
+            torch.cuda.empty_cache()
+
+
+def end() -> NoReturn:
+    """Ends a stage's process at once: all that it found is in the log, and libraries' threads may fail to stop."""
+    os._exit(0)
 
 
 def one_line(error: BaseException) -> str:

@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 
 from fastalex.check import convolutions, kernels, machine, models
-from fastalex.check.runner import Context, Item, Log, Stage, iterate_rows, run_stage
+from fastalex.check.runner import Context, Item, Log, Stage, end, iterate_rows, run_stage
 
 LOG = "FASTALEX_CHECK_LOG"
 
@@ -45,6 +45,7 @@ def main() -> None:
     run_stage(
         stage, Log(Path(os.environ[LOG])), Context(device, timed=phase == "times"), phase, int(process), int(processes)
     )
+    end()
 
 
 if __name__ == "__main__":
