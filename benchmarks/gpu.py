@@ -250,6 +250,7 @@ def serve(pipe: Any, log: Path) -> None:
         for descriptor in (1, 2):
             os.dup2(file.fileno(), descriptor)
     faulthandler.enable()
+    torch.set_num_threads(1)
     # what is imported by now is never garbage: collecting takes milliseconds then
     gc.freeze()
     with contextlib.suppress(EOFError, KeyboardInterrupt):
@@ -300,7 +301,7 @@ class Worker:
         self.log.parent.mkdir(parents=True, exist_ok=True)
         context = multiprocessing.get_context("spawn")
         self.pipe, theirs = context.Pipe()
-        self.process = context.Process(target=serve, args=(theirs, self.log))
+        self.process = context.Process(target=serve, args=(theirs, self.log), daemon=True)
         self.process.start()
         theirs.close()
 

@@ -60,8 +60,11 @@ def _lines(text: str) -> list[dict[str, Any]]:
 
 
 def joined(lines: list[dict[str, Any]]) -> dict[str, Any]:
-    """What pytest-benchmark would have written: of each test the last line, of the machine and sources of the last."""
-    last = lines[-1]
+    """What pytest-benchmark would have written: of each test the last line, of the machine and sources of the last.
+
+    Lines of failures have no numbers, and do not count.
+    """
+    last = next((line for line in reversed(lines) if "stats" in line), lines[-1])
     mine = {line["name"]: line for line in lines if line["machine_info"] == last["machine_info"] and "stats" in line}
     rates: dict[str, float] = {}
     measured: dict[str, Any] = {}
@@ -87,10 +90,9 @@ def add_ratios(cases: list[dict[str, Any]]) -> None:
         medians = {case["extra_info"]["provider"]: case["stats"]["median"] for case in found}
         for case in found:
             info = case["extra_info"]
-            if not info.get("ratio"):
-                mine = medians[info["provider"]]
-                others = {name: round(median / mine, 3) for name, median in medians.items()}
-                info["ratio"] = {name: ratio for name, ratio in others.items() if name != info["provider"]}
+            mine = medians[info["provider"]]
+            others = {name: round(median / mine, 3) for name, median in medians.items() if name != info["provider"]}
+            info["ratio"] = others | info.get("ratio", {})
 
 
 def reduced(full: dict[str, Any]) -> Result:
@@ -190,13 +192,19 @@ def markdown(result: Result) -> str:
             f" Triton {result['machine']['triton']}. Times are the device's, of replays of a CUDA graph with a cold "
             "L2 cache; the last columns are fastalex's: bytes that must be moved and FLOPs per second, in percent of a "
             "measured copy and matrix product, the host's time to launch a run without a graph, and from a call to "
-            "its end."
+            "its end. `(events)` stands where no graph could be captured, and the host's time may be in it."
         )
     columns = ["case", "fastalex, ms", *(f"{name} / fastalex" for name in others), *last]
     lines = [head, "", f"| {' | '.join(columns)} |", "|---|" + "---:|" * (len(columns) - 1)]
     for group, providers in groups(result).items():
         ours = providers[OURS]
-        cells = [group, _milliseconds(ours["median"]), *(_ratio(ours.get("ratio", {}).get(name)) for name in others)]
+        # between events, what the host needs may be in it
+        note = " (events)" if ours.get("timing") == "events" else ""
+        cells = [
+            group,
+            _milliseconds(ours["median"]) + note,
+            *(_ratio(ours.get("ratio", {}).get(name)) for name in others),
+        ]
         cells += ["-" if key not in ours else format(ours[key], form) for key, form in last.values()]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
