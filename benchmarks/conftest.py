@@ -181,7 +181,7 @@ def selected(items: list[pytest.Item], function: Callable[..., Any], case: Case)
 
 # --------------------------------------------------------------------------------------------------------- on a GPU
 class OnGPU:
-    """What a session on a GPU has: the process that measures, the file of lines, and the time that is left."""
+    """What a run on a GPU has: the process that measures, the file of lines, and the time that is left."""
 
     def __init__(self, config: pytest.Config) -> None:
         self.config = config

@@ -93,6 +93,9 @@ def peak_bytes(run: Run, before: int) -> int:
 
 def measured(race: Race, name: str, expected: Expected, timed: bool = True) -> Measured:
     """Build, check and time one provider, on the current stream.  Raises whatever the provider raised."""
+    if "torch._dynamo" in sys.modules:
+        # what was compiled last holds its model; importing the compiler takes seconds
+        torch._dynamo.reset()
     gc.collect()
     torch.cuda.empty_cache()
     before = torch.cuda.memory_allocated()

@@ -1,4 +1,4 @@
-"""A GPU's times, on a stand-in for a CUDA device; and a session in which providers break it."""
+"""A GPU's times, on a stand-in for a CUDA device; and a run in which providers break it."""
 
 import json
 import re
@@ -120,7 +120,7 @@ def test_forms_of_the_convolution_take_part_or_say_why_not():
         assert choice(8, 1, 1) == "library"
 
 
-# ---- a session
+# ---- a run
 
 SUITE = """
 import os, time, torch
@@ -162,7 +162,7 @@ CUDA = "stand_in_cuda.in_this_process()"
 
 
 @pytest.mark.slow
-def test_a_session(tmp_path):
+def test_a_run(tmp_path):
     """Every provider that breaks something costs its own result, at once in the lines; what was measured stays."""
     files = [tmp_path / "first.json", tmp_path / "second.json"]
     lines = tmp_path / "lines.jsonl"
