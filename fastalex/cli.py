@@ -452,7 +452,8 @@ def bench(
 
     Args:
         action: "report".
-        results: A file of --benchmark-json, or a small one that --keep wrote.
+        results: A file of --benchmark-json, the JSON lines of a GPU (runs/bench/lines.jsonl), or a small file that
+            --keep wrote.
         out: Folder for the charts: speed-ups, percent of measured rates, memory.
         keep: Folder for the small dated file (medians, ratios, machine), as benchmarks/results.
         readme: README.md of a checkout: its summary is renewed, and the whole table in docs/benchmarks.md beside it.
