@@ -53,6 +53,16 @@ def test_import_without_the_command_lines_packages(missing):
     python(f"import sys; sys.modules[{missing!r}] = None; import fastalex; fastalex.AlexNet(2, variant='torchvision')")
 
 
+def test_commands_without_the_parser_of_the_command_line():
+    """Their module can be imported, for what it knows of them; only the program ends, with one line."""
+    hidden = "import sys; sys.modules['tyro'] = None; "
+    assert python(hidden + "from fastalex import cli; print(len(cli.COMMANDS), cli.verify.__name__)").endswith("verify")
+    script = hidden + "sys.argv = ['fastalex', 'demo']; import runpy; runpy.run_module('fastalex', run_name='__main__')"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 2
+    assert done.stderr == "fastalex: error: the command line needs tyro: pip install 'fastalex[cli]'\n"
+
+
 @pytest.fixture(scope="module")
 def built(tmp_path_factory):
     """A source distribution, and the wheel built from it."""
