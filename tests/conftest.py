@@ -12,6 +12,13 @@ import torch
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+def pytest_configure(config):
+    # after the flag above: an import of Triton decorates functions
+    from fastalex.kernels import interpreter
+
+    interpreter.mend()
+
+
 @pytest.fixture(autouse=True)
 def seed():
     torch.manual_seed(0)
