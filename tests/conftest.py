@@ -8,6 +8,9 @@ os.environ.setdefault("TRITON_INTERPRET", "1")
 import pytest
 import torch
 
+# --device
+pytest_plugins = ["on_device"]
+
 # Tests send Ctrl-C to themselves and their children, and a job in the background of a script starts with it ignored.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
