@@ -174,9 +174,9 @@ def pytest_configure(config):
         return
     if device == "cuda" and not torch.cuda.is_available():
         raise pytest.UsageError("--device cuda: PyTorch finds no GPU here")
-    if config.getoption("dist", "no") != "no":
-        # with whole files or scopes, pytest-xdist 3.8 runs the test again that ended a process, and may wait for ever
-        config.option.dist = "load"
+    if config.getoption("dist", "no") in ("loadfile", "loadscope", "loadgroup"):
+        # with groups of tests, pytest-xdist 3.8 runs the test again that ended a process, and may wait for ever
+        config.option.dist = "worksteal"
     # read when a kernel is decorated
     os.environ["TRITON_INTERPRET"] = "0" if device == "cuda" else "1"
     if device == "cuda":
