@@ -1,6 +1,7 @@
 """What is built and installed, and what an import costs."""
 
 import os
+import re
 import subprocess
 import sys
 import tarfile
@@ -61,6 +62,13 @@ def test_commands_without_the_parser_of_the_command_line():
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 2
     assert done.stderr == "fastalex: error: the command line needs tyro: pip install 'fastalex[cli]'\n"
+
+
+def test_the_oldest_versions_are_those_of_the_requirements():
+    versions = re.search(r"^OLDEST_VERSIONS := (.*)", (ROOT / "Makefile").read_text(), re.MULTILINE)[1]
+    oldest = re.findall(r"(torch|triton)==([\d.]+)\.\*", versions)
+    assert oldest == re.findall(r'^    "(torch|triton)>=([\d.]+)', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
+    assert len(oldest) == 2
 
 
 @pytest.fixture(scope="module")
