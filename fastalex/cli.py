@@ -38,7 +38,7 @@ def fail(message: object) -> NoReturn:
 try:
     import tyro
 except ModuleNotFoundError:
-    fail("the command line needs tyro: pip install 'fastalex[cli]'")
+    tyro = None  # type: ignore[assignment]  # the commands are functions without it, too; `main` says what is missing
 
 
 def demo(out: Path = Path("runs/demo"), epochs: int = 24, device: str | None = None) -> None:
@@ -662,9 +662,10 @@ def group(summary: str, commands: dict[str, Callable[..., Any]]) -> Callable[...
 
     def run(command: Any) -> None: ...
 
-    kinds = tuple(Annotated[Any, tyro.conf.subcommand(name, constructor=call)] for name, call in commands.items())
     run.__doc__ = summary
-    run.__annotations__ = {"command": Annotated[Union[kinds], tyro.conf.arg(name="")]}  # noqa: UP007, a tuple of types
+    if tyro is not None:
+        kinds = tuple(Annotated[Any, tyro.conf.subcommand(name, constructor=call)] for name, call in commands.items())
+        run.__annotations__ = {"command": Annotated[Union[kinds], tyro.conf.arg(name="")]}  # noqa: UP007, a tuple
     return run
 
 
@@ -698,6 +699,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         from fastalex.check.command import main as check
 
         raise SystemExit(check(given[1:]))
+    if tyro is None:
+        fail("the command line needs tyro: pip install 'fastalex[cli]'")
     try:
         tyro.extras.subcommand_cli_from_dict(
             COMMANDS,

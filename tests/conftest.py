@@ -8,8 +8,18 @@ os.environ.setdefault("TRITON_INTERPRET", "1")
 import pytest
 import torch
 
+# --device
+pytest_plugins = ["on_device"]
+
 # Tests send Ctrl-C to themselves and their children, and a job in the background of a script starts with it ignored.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_configure(config):
+    # after the flag above: an import of Triton decorates functions
+    from fastalex.kernels import interpreter
+
+    interpreter.mend()
 
 
 @pytest.fixture(autouse=True)

@@ -1,6 +1,7 @@
 """What is built and installed, and what an import costs."""
 
 import os
+import re
 import subprocess
 import sys
 import tarfile
@@ -51,6 +52,23 @@ print(fastalex.HAS_TRITON)
 @pytest.mark.parametrize("missing", ["safetensors", "tyro", "rich", "torchvision", "matplotlib", "PIL"])
 def test_import_without_the_command_lines_packages(missing):
     python(f"import sys; sys.modules[{missing!r}] = None; import fastalex; fastalex.AlexNet(2, variant='torchvision')")
+
+
+def test_commands_without_the_parser_of_the_command_line():
+    """Their module can be imported, for what it knows of them; only the program ends, with one line."""
+    hidden = "import sys; sys.modules['tyro'] = None; "
+    assert python(hidden + "from fastalex import cli; print(len(cli.COMMANDS), cli.verify.__name__)").endswith("verify")
+    script = hidden + "sys.argv = ['fastalex', 'demo']; import runpy; runpy.run_module('fastalex', run_name='__main__')"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 2
+    assert done.stderr == "fastalex: error: the command line needs tyro: pip install 'fastalex[cli]'\n"
+
+
+def test_the_oldest_versions_are_those_of_the_requirements():
+    versions = re.search(r"^OLDEST_VERSIONS := (.*)", (ROOT / "Makefile").read_text(), re.MULTILINE)[1]
+    oldest = re.findall(r"(torch|triton)==([\d.]+)\.\*", versions)
+    assert oldest == re.findall(r'^    "(torch|triton)>=([\d.]+)', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
+    assert len(oldest) == 2
 
 
 @pytest.fixture(scope="module")
