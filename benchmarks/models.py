@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -16,7 +15,7 @@ from benchmarks import providers
 from benchmarks.harness import DTYPES, Case, Expected, Race, Run, check, device, tf32
 from fastalex import AlexNet, backend
 from fastalex.alexnet import Variant
-from fastalex.nn import LinearReLUDropout
+from fastalex.check.eager import eager_twin
 
 # pictures that are compared with the float64 reference
 CHECKED = 4
@@ -24,43 +23,6 @@ CHECKED = 4
 # elements that may differ by more, because a ReLU had an input of 0 up to rounding.
 GRADIENT_TOLERANCE = {"fp32": providers.CONVOLUTION["fp32"], "tf32": 2e-2, "fp16": 2e-2, "bf16": 5e-2}
 FLIPPED = 0.02
-
-
-def eager_twin(model: AlexNet) -> nn.Sequential:
-    """The same network out of torch.nn's modules, with copies of the parameters."""
-    variant, dropout = model.variant, max(m.p for m in model.modules() if isinstance(m, nn.Dropout | LinearReLUDropout))
-    if any(conv.norm is not None and conv.norm.groups != 1 for conv in variant.convs):
-        raise ValueError(f"torch.nn has no normalisation inside channel groups, as variant {variant.name} needs")
-    with next(model.parameters()).device:
-        twin = _layers(variant, dropout, model.num_classes)
-    for ours, theirs in zip(model.parameters(), twin.parameters(), strict=True):
-        theirs.data.copy_(ours.data)
-    return twin.to(memory_format=torch.channels_last)
-
-
-def _layers(variant: Variant, dropout: float, num_classes: int) -> nn.Sequential:
-    layers: list[nn.Module] = [nn.ZeroPad2d((0, variant.pad_end, 0, variant.pad_end))] if variant.pad_end else []
-    channels = variant.in_channels
-    for conv in variant.convs:
-        layers.append(
-            nn.Conv2d(channels, conv.channels, conv.kernel_size, conv.stride, conv.padding, groups=conv.groups)
-        )
-        norm = [nn.LocalResponseNorm(*conv.norm[:4])] if conv.norm else []
-        pool = [nn.MaxPool2d(conv.pool, conv.pool_stride)] if conv.pool else []
-        after = [*pool, *norm] if variant.pool_first else [*norm, *pool]
-        relu = nn.ReLU(inplace=True)
-        layers += [relu, *after] if variant.relu == "first" else [*after, relu]
-        channels = conv.channels
-    features = channels * variant.features_size**2
-    sizes = (features, *variant.hidden, num_classes)
-    layers.append(nn.Flatten())
-    for number, (inputs, outputs) in enumerate(itertools.pairwise(sizes)):
-        drop = nn.Dropout(dropout)
-        hidden = number < len(sizes) - 2
-        before = [drop] if hidden and variant.dropout_first else []
-        after_relu = [nn.ReLU(inplace=True), *([] if variant.dropout_first else [drop])] if hidden else []
-        layers += [*before, nn.Linear(inputs, outputs), *after_relu]
-    return nn.Sequential(*layers)
 
 
 def images_and_labels(case: Case) -> tuple[Tensor, Tensor]:

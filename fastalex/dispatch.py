@@ -80,6 +80,11 @@ class Candidate:
     run: Callable[..., Any]
     unsupported: Callable[..., str | None]
 
+    @property
+    def is_ours(self) -> bool:
+        """Whether it runs no kernel of a library, whose settings then say nothing about it."""
+        return "library" not in self.name and "cudnn" not in self.name and "cublas" not in self.name
+
 
 @dataclass(frozen=True)
 class Operation:
@@ -374,8 +379,12 @@ def _locked(path: Path) -> Iterator[None]:
 
 
 # ---------------------------------------------------------------------------------------------------- measuring
-def tune(operation: Operation | str, *args: Any, rounds: int = ROUNDS) -> Measurement:
+def tune(
+    operation: Operation | str, *args: Any, rounds: int = ROUNDS, known: Mapping[str, float] | None = None
+) -> Measurement:
     """Time every candidate on these arguments, without saving: `save` does.
+
+    known: milliseconds of candidates that were timed on these arguments before, and are not timed again.
 
     Each is first compared with the library's result; one that is refused, raises or differs is recorded with the
     reason and not timed.  Rounds go through all candidates in turn, so that a drifting clock hurts all alike.  On a GPU
@@ -386,14 +395,16 @@ def tune(operation: Operation | str, *args: Any, rounds: int = ROUNDS) -> Measur
     if is_capturing(args[0]):
         raise RuntimeError(f"fastalex.dispatch.tune({operation.name}) cannot run during a capture or a compilation")
     with timing.side_stream() if args[0].is_cuda else contextlib.nullcontext():
-        return _tune(operation, args, rounds)
+        return _tune(operation, args, rounds, known or {})
 
 
-def _tune(operation: Operation, args: tuple[Any, ...], rounds: int) -> Measurement:
+def _tune(operation: Operation, args: tuple[Any, ...], rounds: int, known: Mapping[str, float]) -> Measurement:
     expected = operation.candidates[operation.library].run(*args)
     refused: dict[str, str] = {}
     running: list[Candidate] = []
     for candidate in operation.candidates.values():
+        if candidate.name in known:
+            continue
         reason = candidate.unsupported(*args)
         if reason is None:
             try:
@@ -406,7 +417,7 @@ def _tune(operation: Operation, args: tuple[Any, ...], rounds: int) -> Measureme
         else:
             refused[candidate.name] = reason
     seconds = _device_seconds(running, args, rounds) if args[0].is_cuda else _host_seconds(running, args, rounds)
-    times = {name: round(1e3 * statistics.median(found), 6) for name, found in seconds.items()}
+    times = {name: round(1e3 * statistics.median(found), 6) for name, found in seconds.items()} | dict(known)
     default = next(name for name in operation.defaults(*args) if name in times)
     best = min(times, key=times.__getitem__)
     chosen = best if times[best] < CLEARLY_FASTER * times[default] else default
