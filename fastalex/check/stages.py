@@ -10,6 +10,7 @@ from pathlib import Path
 
 from fastalex.check import convolutions, kernels, machine, models
 from fastalex.check.runner import Context, Item, Log, Stage, end, iterate_rows, run_stage
+from fastalex.kernels import interpreter
 
 LOG = "FASTALEX_CHECK_LOG"
 
@@ -41,6 +42,8 @@ STAGES = (
 
 def main() -> None:
     name, phase, process, processes, device = sys.argv[1:6]
+    if device == "cpu":
+        interpreter.mend()
     stage = next(stage for stage in STAGES if stage.name == name)
     run_stage(
         stage, Log(Path(os.environ[LOG])), Context(device, timed=phase == "times"), phase, int(process), int(processes)
