@@ -386,9 +386,9 @@ def tune(
 
     known: milliseconds of candidates that were timed on these arguments before, and are not timed again.
 
-    Each is first compared with the library's result; one that is refused, raises or differs is recorded with the
-    reason and not timed.  Rounds go through all candidates in turn, so that a drifting clock hurts all alike.  On a GPU
-    the times are the device's, of CUDA graphs, with the L2 cache cleared before each.
+    Each is first compared with the library's result, and must keep a NaN; one that is refused, raises or differs is
+    recorded with the reason and not timed.  Rounds go through all candidates in turn, so that a drifting clock hurts
+    all alike.  On a GPU the times are the device's, of CUDA graphs, with the L2 cache cleared before each.
     Raises RuntimeError during a capture or a compilation, and BrokenDeviceError where a candidate took the GPU with it.
     """
     operation = find(operation)
@@ -409,6 +409,8 @@ def _tune(operation: Operation, args: tuple[Any, ...], rounds: int, known: Mappi
         if reason is None:
             try:
                 reason = _difference(candidate.run(*args), expected)
+                if reason is None and not keeps_nan(operation, candidate, args):
+                    reason = "makes a number of NaN"
             except Exception as error:  # a compiler's failure is a reason, whatever its class
                 reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
                 _blame(candidate, args[0], reason)
@@ -422,6 +424,18 @@ def _tune(operation: Operation, args: tuple[Any, ...], rounds: int, known: Mappi
     best = min(times, key=times.__getitem__)
     chosen = best if times[best] < CLEARLY_FASTER * times[default] else default
     return Measurement(chosen, times, refused, args[0].shape[0])
+
+
+def keeps_nan(operation: Operation, candidate: Candidate, args: tuple[Any, ...]) -> bool:
+    """Whether a NaN in the middle of the first argument reaches all that it reaches in the library's result.
+
+    Some libraries' max(0, x) makes 0 of it.
+    """
+    first = args[0].clone()
+    if first.numel():
+        first[tuple(size // 2 for size in first.shape)] = torch.nan
+    expected = operation.candidates[operation.library].run(first, *args[1:])
+    return not bool((expected.isnan() & ~candidate.run(first, *args[1:]).isnan()).any())
 
 
 def _difference(found: Tensor, expected: Tensor) -> str | None:

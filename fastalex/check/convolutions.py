@@ -112,7 +112,8 @@ def check_candidate(operation: Operation, layer: str, dtype: str, name: str, con
         if reason is not None:
             return {"refused": reason}
         found, again = candidate.run(*args), candidate.run(*args)
-    row = compared([(found, *truth(operation.name, layer, dtype, images, context))])
+        keeps_nan = dispatch.keeps_nan(operation, candidate, args)
+    row = compared([(found, *truth(operation.name, layer, dtype, images, context))]) | {"keeps_nan": keeps_nan}
     if "triton" in name:
         return {**row, "repeats": torch.equal(found, again)}
     # the library's rounding is its own affair: told, and held to a wrong result's distance

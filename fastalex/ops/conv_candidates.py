@@ -141,47 +141,6 @@ def forward_library(
     return bias_relu(F.conv2d(input, weight, None, stride, padding, dilation, groups), bias)  # type: ignore[arg-type]
 
 
-def block_diagonal(weight: Tensor, groups: int) -> Tensor:
-    """The weight of one convolution that does what one in groups does: zeros between the groups."""
-    features, channels = weight.shape[0] // groups, weight.shape[1]
-    shape = (weight.shape[0], groups * channels, *weight.shape[2:])
-    dense = torch.empty(shape, dtype=weight.dtype, device=weight.device, memory_format=memory_format(weight)).zero_()
-    for g in range(groups):
-        part = slice(g * features, (g + 1) * features)
-        dense[part, g * channels : (g + 1) * channels] = weight[part]
-    return dense
-
-
-def diagonal_blocks(dense: Tensor, groups: int) -> Tensor:
-    """What `block_diagonal` made dense, out of it."""
-    rows = dense.chunk(groups)
-    return torch.cat([row.chunk(groups, 1)[g] for g, row in enumerate(rows)])
-
-
-def one_group(input: Tensor, weight: Tensor, groups: int) -> str | None:
-    return "the convolution has one group" if groups == 1 else None
-
-
-def forward_split(
-    input: Tensor, weight: Tensor, bias: Tensor | None, stride: Sizes, padding: Sizes, dilation: Sizes, groups: int
-) -> Tensor:
-    """The library's convolution of each group alone, on copies of its channels."""
-    parts = zip(input.chunk(groups, 1), weight.chunk(groups), strict=True)
-    sums = [F.conv2d(last(x), w, None, stride, padding, dilation) for x, w in parts]  # type: ignore[arg-type]
-    return bias_relu(last(torch.cat(sums, 1)), bias)
-
-
-def forward_dense(
-    input: Tensor, weight: Tensor, bias: Tensor | None, stride: Sizes, padding: Sizes, dilation: Sizes, groups: int
-) -> Tensor:
-    """The library's convolution with zeros between the groups: `groups` times the products, no grouped kernel."""
-    return forward_library(input, block_diagonal(weight, groups), bias, stride, padding, dilation, 1)
-
-
-def grouped_only(input: Tensor, weight: Tensor, *rest: Any) -> str | None:
-    return one_group(input, weight, rest[-1]) or no_channels_last(input, weight)
-
-
 def forward_cudnn(
     input: Tensor, weight: Tensor, bias: Tensor | None, stride: Sizes, padding: Sizes, dilation: Sizes, groups: int
 ) -> Tensor:
@@ -262,47 +221,6 @@ def library_gradient(
         grad, input, weight, None, stride, padding, dilation, False, [0, 0], groups, [of_input, not of_input, False]
     )
     return grads[0 if of_input else 1]
-
-
-def split_gradient(
-    grad: Tensor,
-    input: Tensor,
-    weight: Tensor,
-    stride: Sizes,
-    padding: Sizes,
-    dilation: Sizes,
-    groups: int,
-    *,
-    of_input: bool,
-) -> Tensor:
-    """The library's gradient of each group alone, on copies of its channels."""
-    parts = zip(grad.chunk(groups, 1), input.chunk(groups, 1), weight.chunk(groups), strict=True)
-    found = [
-        library_gradient(last(g), last(x), w, stride, padding, dilation, 1, of_input=of_input) for g, x, w in parts
-    ]
-    return last(torch.cat(found, 1 if of_input else 0))
-
-
-def dense_gradient(
-    grad: Tensor,
-    input: Tensor,
-    weight: Tensor,
-    stride: Sizes,
-    padding: Sizes,
-    dilation: Sizes,
-    groups: int,
-    *,
-    of_input: bool,
-) -> Tensor:
-    """The library's gradient with zeros between the groups: `groups` times the products, no grouped kernel."""
-    found = library_gradient(
-        grad, input, block_diagonal(weight, groups), stride, padding, dilation, 1, of_input=of_input
-    )
-    return found if of_input else diagonal_blocks(found, groups)
-
-
-def grouped_gradient_only(grad: Tensor, input: Tensor, weight: Tensor, *rest: Any) -> str | None:
-    return grouped_only(input, weight, *rest)
 
 
 def triton_input_grad(grad: Tensor, input: Tensor, weight: Tensor, *geometry: Any, descriptors: bool) -> Tensor:
@@ -402,10 +320,6 @@ def _with_blocks(
 
 
 _LIBRARY = Candidate("library", forward_library, always)
-_GROUPED = [
-    Candidate("library_split", forward_split, grouped_only),
-    Candidate("library_dense", forward_dense, grouped_only),
-]
 _TRITON = [
     Candidate(f"triton_{form}", partial(forward_triton, form=form), partial(no_form, form=form)) for form in FORMS
 ]
@@ -414,7 +328,6 @@ CONV2D_RELU = dispatch.register(
         "conv2d_relu",
         _named(
             _LIBRARY,
-            *_GROUPED,
             Candidate("cudnn_convolution_relu", forward_cudnn, no_cudnn),
             *_TRITON,
             *_with_blocks([_LIBRARY, *_TRITON], forward_blocks, no_forward_blocks),
@@ -428,20 +341,12 @@ CONV2D_RELU = dispatch.register(
 )
 
 
-def _grouped_gradients(of_input: bool) -> list[Candidate]:
-    return [
-        Candidate("library_split", partial(split_gradient, of_input=of_input), grouped_gradient_only),
-        Candidate("library_dense", partial(dense_gradient, of_input=of_input), grouped_gradient_only),
-    ]
-
-
 _INPUT_LIBRARY = Candidate("library", partial(library_gradient, of_input=True), always)
 CONV2D_INPUT_GRAD = dispatch.register(
     Operation(
         "conv2d_input_grad",
         _named(
             _INPUT_LIBRARY,
-            *_grouped_gradients(of_input=True),
             *(
                 Candidate(
                     name,
@@ -471,7 +376,6 @@ CONV2D_WEIGHT_GRAD = dispatch.register(
         "conv2d_weight_grad",
         _named(
             _WEIGHT_LIBRARY,
-            *_grouped_gradients(of_input=False),
             *_WEIGHT_TRITON,
             *_with_blocks([_WEIGHT_LIBRARY, *_WEIGHT_TRITON], weight_grad_blocks, no_weight_grad_blocks),
         ),
