@@ -8,19 +8,16 @@ from __future__ import annotations
 
 import json
 import os
-import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fastalex import functional as F
-from fastalex.dispatch import is_capturing
 from fastalex.functional import ResponseNorm
-from fastalex.kernels.layout import memory_format
 from fastalex.nn import (
     ConvReLU2d,
     LinearReLUDropout,
@@ -30,7 +27,6 @@ from fastalex.nn import (
     convolution_of,
     has_hooks,
 )
-from fastalex.ops.common import is_watched
 
 
 @dataclass(frozen=True)
@@ -206,11 +202,6 @@ class AlexNet(nn.Module):
     Images may also come as `fastalex.kernels.space_to_depth.space_to_depth(images, 4, model.block_padding(H, W))` makes
     them, (N, 48, 57, 57) for both sizes of crop: a data pipeline that normalises can do that in the same pass.
 
-    Inference (evaluation mode, no gradient) multiplies the last feature maps as they lie in memory with a copy of fc6's
-    weight in that order, 75 MB in half precision, made at the first call.  The copy is made again when the weight has
-    changed, and dropped by `train()` and `eval()`: only a change through `weight.data` between two inference calls
-    on a GPU would go unseen.
-
     num_classes: outputs of the last layer.
     dropout: probability of the two dropout layers.
     variant: a name out of `VARIANTS`, or a `Variant`.
@@ -244,15 +235,7 @@ class AlexNet(nn.Module):
         if input.dim() != 4 or input.shape[1] not in channels:
             after = f" (or (N, {channels[1]}, H', W') after space-to-depth)" if channels[1:] else ""
             raise ValueError(f"input must be (N, {channels[0]}, H, W), got shape {tuple(input.shape)}{after}")
-        maps = self.avgpool(self.features(input))
-        weight = self._weight_in_memory_order(maps)
-        if weight is None:
-            return self.classifier(torch.flatten(maps, 1))
-        _, fc6, *rest = list[Any](self.classifier)
-        hidden = F.linear_relu_dropout(maps.permute(0, 2, 3, 1).flatten(1), weight, fc6.bias, training=False)
-        for module in rest:
-            hidden = module(hidden)
-        return hidden
+        return self.classifier(torch.flatten(self.avgpool(self.features(input)), 1))
 
     def block_padding(self, height: int, width: int) -> tuple[tuple[int, int], tuple[int, int]]:
         """((top, bottom), (left, right)), the padding with which space-to-depth serves images of this size.
@@ -269,48 +252,6 @@ class AlexNet(nn.Module):
             return blocks * conv.stride - size - conv.padding
 
         return (conv.padding, after(height)), (conv.padding, after(width))
-
-    def train(self, mode: bool = True) -> AlexNet:
-        _in_memory_order.pop(self, None)
-        return super().train(mode)
-
-    def _weight_in_memory_order(self, maps: Tensor) -> Tensor | None:
-        """fc6's weight for maps flattened as they lie in channels_last memory; None where the plain way is due.
-
-        That is training (the flattened copy costs 37 KB of traffic per image in half precision, and again for its
-        gradient, where a permuted weight would have to follow every step), whoever watches the modules or the weight,
-        and captures: a graph would go on reading this copy after the weight has changed.
-        """
-        if torch.compiler.is_compiling() or self.training or torch.is_grad_enabled():
-            return None
-        if memory_format(maps) is not torch.channels_last:
-            return None
-        modules: list[Any] = list(self.classifier)[:2] if type(self.classifier) is nn.Sequential else []
-        if [type(m) for m in modules] not in ([nn.Identity, LinearReLUDropout], [nn.Dropout, LinearReLUDropout]):
-            return None
-        weight = modules[1].weight
-        if (
-            type(weight) is not nn.Parameter
-            or weight.is_inference()
-            or any(m.training or has_hooks(m) for m in (self.classifier, *modules))
-            or is_watched((maps, weight))
-            or is_capturing(maps)
-        ):
-            return None
-        state = (weight._version, weight.data_ptr(), weight.shape, weight.dtype, weight.device)
-        sample = _sample(weight)
-        kept = _in_memory_order.get(self)
-        if (
-            kept is None
-            or kept.weight() is not weight
-            or kept.state != state
-            or (sample is not None and not torch.equal(sample, kept.sample))
-        ):
-            with torch.inference_mode(False), torch.no_grad():
-                permuted = weight.unflatten(1, (maps.shape[1], -1)).transpose(1, 2).flatten(1)
-                sample = None if sample is None else sample.clone()
-            kept = _in_memory_order[self] = _Permuted(weakref.ref(weight), state, sample, permuted)
-        return kept.permuted
 
     def features_at(self, input: Tensor, *layers: str) -> dict[str, Tensor]:
         """The maps after the named ReLUs ("relu1" to "relu5"), as perceptual losses want them, in one pass.
@@ -331,24 +272,6 @@ class AlexNet(nn.Module):
             if isinstance(module, ConvReLU2d | nn.ReLU) and (name := next(relus)) in layers:
                 found[name] = input
         return found
-
-
-class _Permuted(NamedTuple):
-    """fc6's weight in the order of channels_last maps, and what says that it is still that weight."""
-
-    weight: weakref.ref[nn.Parameter]
-    state: tuple[Any, ...]  # version, memory, shape, dtype and device
-    sample: Any  # some of the values, or None on a GPU
-    permuted: Tensor
-
-
-# By model and not in it: copies and pickles of a model stay what they were.
-_in_memory_order: weakref.WeakKeyDictionary[AlexNet, _Permuted] = weakref.WeakKeyDictionary()
-
-
-def _sample(weight: Tensor) -> Tensor | None:
-    """Some of the values, to compare; on a GPU that would wait for it."""
-    return weight.detach().flatten()[:: max(1, weight.numel() // 64)] if weight.is_cpu else None
 
 
 class AveragePoolTo(nn.AdaptiveAvgPool2d):

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from fastalex.ops.common import (
     call,
-    dense,
     device_of,
     differentiable,
     empty,
@@ -110,7 +109,7 @@ def lrn_max_pool2d(
 ) -> tuple[Tensor, Tensor]:
     """(N, C, H, W) -> pooled (N, C, OH, OW) and the int8 window codes, empty unless asked for."""
     with device_of(input):
-        output, found = forward(dense(input), size, alpha, beta, k, groups, kernel_size, stride, after_relu, codes)
+        output, found = forward(input, size, alpha, beta, k, groups, kernel_size, stride, after_relu, codes)
     return output, input.new_empty(0, dtype=torch.int8) if found is None else found
 
 
@@ -146,7 +145,7 @@ def lrn_max_pool2d_backward(
     stride: list[int],
 ) -> Tensor:
     with device_of(input):
-        return backward(grad, codes, dense(input), size, alpha, beta, k, groups, kernel_size, stride)[0]
+        return backward(grad, codes, input, size, alpha, beta, k, groups, kernel_size, stride)[0]
 
 
 @lrn_max_pool2d_backward.register_fake
