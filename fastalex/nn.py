@@ -14,13 +14,13 @@ from fastalex.kernels.layout import fold_weight
 from fastalex.reference import IntOrPair, pair
 
 
-def numeric_padding(conv: nn.Conv2d) -> tuple[int, int] | None:
-    """The padding (height, width) of a convolution in numbers; None where "same" would pad one side more."""
+def numeric_padding(conv: nn.Conv2d) -> tuple[int, int] | str:
+    """The padding (height, width) of a convolution in numbers; "same" where that pads one side more than the other."""
     if conv.padding == "valid":
         return 0, 0
     if conv.padding == "same":
         total = [d * (k - 1) for d, k in zip(conv.dilation, conv.kernel_size, strict=True)]
-        return None if any(t % 2 for t in total) else pair([t // 2 for t in total])
+        return "same" if any(t % 2 for t in total) else pair([t // 2 for t in total])
     return pair(conv.padding)  # type: ignore[arg-type]
 
 
@@ -69,12 +69,18 @@ class ConvReLU2d(nn.Conv2d):
         if padding_mode != "zeros":
             raise ValueError(f'padding_mode must be "zeros", got {padding_mode!r}')
         super().__init__(
-            in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, device=device, dtype=dtype
+            in_channels,
+            out_channels,
+            kernel_size,  # type: ignore[arg-type]
+            stride,  # type: ignore[arg-type]
+            padding,  # type: ignore[arg-type]
+            dilation,  # type: ignore[arg-type]
+            groups,
+            bias,
+            device=device,
+            dtype=dtype,
         )
-        padding_numbers = numeric_padding(self)
-        if padding_numbers is None:
-            raise ValueError(f'padding="same" needs odd kernels, got kernel_size {self.kernel_size}')
-        self.padding = padding_numbers
+        self.padding = numeric_padding(self)
 
     def forward(self, input: Tensor) -> Tensor:
         weight, geometry = convolution_of(self, input)

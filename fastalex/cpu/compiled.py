@@ -147,8 +147,8 @@ def normalise(x, norm, squares, base, y):  # type: ignore[no-untyped-def]
 
 
 @inlined
-def normalise_backward(grad, x, norm, slope, squares, base, terms, dx):  # type: ignore[no-untyped-def]
-    """The gradient of some rows; `grad`, in float32, is overwritten."""
+def normalise_backward(grad, x, norm, slope, squares, base, terms, dx, after_relu):  # type: ignore[no-untyped-def]
+    """The gradient of some rows; `grad`, in float32, is overwritten.  `after_relu`: 0 where x is, even beside NaN."""
     bases(x, norm, squares, base)
     flat_grad, flat_x, flat_base, flat_dx = grad.reshape(-1), x.reshape(-1), base.reshape(-1), dx.reshape(-1)
     for i in range(x.size):
@@ -162,7 +162,9 @@ def normalise_backward(grad, x, norm, slope, squares, base, terms, dx):  # type:
         load(base[r], terms[r, above : above + channels])
     window_sums(terms[:rows], size, slope, np.float32(0), base[:rows])
     for i in range(x.size):
-        flat_dx[i] = narrow(flat_grad[i] + widen(flat_x[i]) * flat_base[i], dx)
+        value = widen(flat_x[i])
+        total = flat_grad[i] + value * flat_base[i]
+        flat_dx[i] = narrow(np.float32(0) if after_relu & (value <= 0) else total, dx)
 
 
 @inlined
@@ -234,7 +236,7 @@ def lrn_backward_kernel(start, stop, grad, x, dx, norm, slope):  # type: ignore[
     for a in range(start, stop, strip):
         b = min(a + strip, stop)
         load(grad[a:b].reshape(-1), wide.reshape(-1))
-        normalise_backward(wide, x[a:b], norm, slope, squares, base, terms, dx[a:b])
+        normalise_backward(wide, x[a:b], norm, slope, squares, base, terms, dx[a:b], False)
 
 
 @compiled
@@ -301,7 +303,7 @@ def lrn_max_pool_kernel(  # type: ignore[no-untyped-def]
 
 @compiled
 def lrn_max_pool_backward_kernel(  # type: ignore[no-untyped-def]
-    start, stop, grad, codes, x, dx, plane, output, channels, groups, norm, slope, kernel, stride, table
+    start, stop, grad, codes, x, dx, plane, output, channels, groups, norm, slope, kernel, stride, table, after_relu
 ):
     inside = channels // groups
     strip = max(1, STRIP // channels)
@@ -316,7 +318,7 @@ def lrn_max_pool_backward_kernel(  # type: ignore[no-untyped-def]
                 gather(grad, codes, image, h, w, channels, output, kernel, stride, (0, 0), table, total[w - first])
             a, b = (row * plane[1] + first) * groups, (row * plane[1] + last) * groups
             wide = total.reshape(strip * groups, inside)[: b - a]
-            normalise_backward(wide, x[a:b], norm, slope, squares, base, terms, dx[a:b])
+            normalise_backward(wide, x[a:b], norm, slope, squares, base, terms, dx[a:b], after_relu)
 
 
 # ------------------------------------------------------------------------------------------------------ from PyTorch
@@ -394,6 +396,7 @@ def lrn_max_pool_bwd(
     groups: int,
     kernel_size: Pair,
     stride: Pair,
+    after_relu: bool,
 ) -> None:
     _share(
         lrn_max_pool_backward_kernel,
@@ -401,7 +404,7 @@ def lrn_max_pool_bwd(
         x.numel(),
         *(_flat(grad), _flat(codes), _rows(x, groups), _rows(dx, groups)),
         *(tuple(x.shape[2:]), tuple(grad.shape[2:]), x.shape[1], groups, _norm(size, alpha, k)),
-        *(np.float32(-2 * alpha * BETA / size), kernel_size, stride, _table(kernel_size)),
+        *(np.float32(-2 * alpha * BETA / size), kernel_size, stride, _table(kernel_size), after_relu),
     )
 
 

@@ -169,6 +169,7 @@ def conv2d_relu_pool_backward(
                 lrn_groups,
                 kernel_size,
                 pool_stride,
+                True,
                 bias,
             )
         else:
