@@ -26,6 +26,7 @@ from fastalex.nn import (
     MaxPool2d,
     convolution_of,
     has_hooks,
+    is_traced,
 )
 
 
@@ -141,7 +142,10 @@ class Features(nn.Sequential):
     """The convolutional part.  Runs conv, ReLU, LRN and pooling of a stage as one node of the autograd graph.
 
     Modules stand where torchvision's stand, with an Identity in the place of each ReLU that is fused into its
-    convolution.  A stage with a hook on one of its modules runs module by module, so that the hook sees its tensors.
+    convolution.  A stage with a hook on one of its modules, or on all modules, runs module by module, so that the hook
+    sees its tensors; so does torch.fx.
+
+    Activations are channels_last.  An image in NCHW is read as it lies: the first weight is brought into that format.
     """
 
     def modules_for(self, input: Tensor) -> list[nn.Module]:
@@ -152,6 +156,8 @@ class Features(nn.Sequential):
         return modules
 
     def forward(self, input: Tensor) -> Tensor:
+        if is_traced(input):
+            return super().forward(input)
         modules = self.modules_for(input)
         i = 0
         while i < len(modules):
@@ -160,8 +166,8 @@ class Features(nn.Sequential):
                 pool: Any = modules[i + 2]
                 weight, geometry = convolution_of(conv, input)
                 input = F.conv2d_relu_max_pool2d(
-                    input,
-                    weight,
+                    input if i == 0 else _channels_last(input),
+                    _channels_last(weight) if i == 0 else weight,
                     conv.bias,
                     *geometry,
                     norm=getattr(pool, "norm", None),
@@ -170,9 +176,13 @@ class Features(nn.Sequential):
                 )
                 i += 3
             else:
-                input = modules[i](input)
+                input = modules[i](_channels_last(input))
                 i += 1
         return input
+
+
+def _channels_last(input: Tensor) -> Tensor:
+    return input.contiguous(memory_format=torch.channels_last) if input.dim() == 4 else input
 
 
 def _is_fusible(stage: list[nn.Module]) -> bool:
@@ -198,7 +208,8 @@ class AlexNet(nn.Module):
 
     A drop-in for `torchvision.models.AlexNet`: modules `features`, `avgpool`, `classifier` with the same positions and
     parameter names in every variant; with variant="torchvision" its state_dict loads with strict=True.
-    Weights of convolutions lie in channels_last, so activations are channels_last whatever the input is.
+    Activations are channels_last whatever the input is.  Parameters are contiguous as torchvision's; the library brings
+    a convolution's weight into its own order in every call, which `model.to(memory_format=torch.channels_last)` saves.
     Images may also come as `fastalex.kernels.space_to_depth.space_to_depth(images, 4, model.block_padding(H, W))` makes
     them, (N, 48, 57, 57) for both sizes of crop: a data pipeline that normalises can do that in the same pass.
 
@@ -218,7 +229,6 @@ class AlexNet(nn.Module):
         self.classifier = nn.Sequential(*_classifier_modules(self.variant, num_classes, dropout))
         if self.variant.init == "normal":
             self._initialise()
-        self.features.to(memory_format=torch.channels_last)
 
     def _initialise(self) -> None:
         layers: list[Any] = [m for m in self.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
@@ -229,13 +239,17 @@ class AlexNet(nn.Module):
             nn.init.constant_(layer.bias, bias)
 
     def forward(self, input: Tensor) -> Tensor:
+        if not is_traced(input):
+            self._check(input)
+        return self.classifier(torch.flatten(self.avgpool(self.features(input)), 1))
+
+    def _check(self, input: Tensor) -> None:
         channels = [self.variant.in_channels]
         if self.variant.convs[0].stride > 1:
             channels.append(channels[0] * self.variant.convs[0].stride ** 2)
         if input.dim() != 4 or input.shape[1] not in channels:
             after = f" (or (N, {channels[1]}, H', W') after space-to-depth)" if channels[1:] else ""
             raise ValueError(f"input must be (N, {channels[0]}, H, W), got shape {tuple(input.shape)}{after}")
-        return self.classifier(torch.flatten(self.avgpool(self.features(input)), 1))
 
     def block_padding(self, height: int, width: int) -> tuple[tuple[int, int], tuple[int, int]]:
         """((top, bottom), (left, right)), the padding with which space-to-depth serves images of this size.
@@ -268,7 +282,7 @@ class AlexNet(nn.Module):
         for module in self.features.modules_for(input):
             if len(found) == len(set(layers)):
                 break
-            input = module(input)
+            input = module(_channels_last(input))
             if isinstance(module, ConvReLU2d | nn.ReLU) and (name := next(relus)) in layers:
                 found[name] = input
         return found
@@ -278,7 +292,9 @@ class AveragePoolTo(nn.AdaptiveAvgPool2d):
     """nn.AdaptiveAvgPool2d that costs nothing at its own output size, where averaging changes nothing."""
 
     def forward(self, input: Tensor) -> Tensor:
-        return input if input.shape[2:] == self.output_size else super().forward(input)
+        if not is_traced(input) and input.shape[2:] == self.output_size:
+            return input
+        return super().forward(input)
 
 
 def _feature_modules(variant: Variant) -> list[nn.Module]:

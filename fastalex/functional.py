@@ -20,7 +20,7 @@ from collections.abc import Sequence, Sized
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from fastalex import backend, ops, reference
 from fastalex.kernels.window_code import MAX_CELLS
@@ -241,6 +241,8 @@ def linear_relu_dropout(
 
 
 def _needs_grad(*tensors: Tensor | None) -> bool:
+    if torch.jit.is_tracing():  # the trace may be differentiated later
+        return True
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
@@ -397,3 +399,8 @@ def _check_pool(
                 f"the window kernel_size {window} with padding {padding} and dilation {dilation} does not fit into "
                 f"the input's {name} {shape[2 + axis]}"
             )
+
+
+# torch.fx sees each of them as one call, whatever is decided by shapes inside
+for _name in __all__[1:]:
+    fx.wrap(_name)

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
+from torch.nn.modules import module as every_module
 
 from fastalex import functional as F
 from fastalex.kernels.layout import fold_weight
@@ -31,7 +32,12 @@ def convolution_of(conv: nn.Conv2d, input: Tensor) -> tuple[Tensor, tuple[Any, .
     padding)` the input has in_channels * stride^2 channels and the padding inside: then the weight is folded, so that
     the gradient still arrives at `conv.weight`, and stride and padding are gone.
     """
-    if takes_blocks(conv) and input.dim() == 4 and input.shape[1] == conv.in_channels * conv.stride[0] ** 2:
+    if (
+        not is_traced(input)
+        and takes_blocks(conv)
+        and input.dim() == 4
+        and input.shape[1] == conv.in_channels * conv.stride[0] ** 2
+    ):
         return fold_weight(conv.weight, conv.stride[0]), (1, 0, 1, 1)
     return conv.weight, (conv.stride, conv.padding, conv.dilation, conv.groups)
 
@@ -42,8 +48,24 @@ def takes_blocks(conv: nn.Conv2d) -> bool:
 
 
 def has_hooks(module: nn.Module) -> bool:
-    """Whether somebody looks at the module's tensors, forward or backward."""
-    return any((module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks))
+    """Whether somebody looks at the module's tensors, forward or backward: at this one's or at every module's."""
+    return any(
+        (
+            module._forward_hooks,
+            module._forward_pre_hooks,
+            module._backward_hooks,
+            module._backward_pre_hooks,
+            every_module._global_forward_hooks,
+            every_module._global_forward_pre_hooks,
+            every_module._global_backward_hooks,
+            every_module._global_backward_pre_hooks,
+        )
+    )
+
+
+def is_traced(input: Tensor) -> bool:
+    """Whether torch.fx traces symbolically: shapes are not known then, and modules show themselves one by one."""
+    return isinstance(input, fx.Proxy)
 
 
 class ConvReLU2d(nn.Conv2d):

@@ -130,6 +130,11 @@ def max_pool2d(
     return output, index.expand(cells.shape).gather(-1, cell).squeeze(-1)
 
 
+def convolved_size(size: int, kernel: int, stride: int, padding: int, dilation: int) -> int:
+    """The number of outputs of a convolution along one dimension."""
+    return (size + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
+
+
 def pooled_size(size: int, kernel: int, stride: int, padding: int, dilation: int, ceil_mode: bool) -> int:
     """The number of windows along one dimension; with ceil_mode the last must start inside input or left padding."""
     reach = size + 2 * padding - dilation * (kernel - 1) - 1

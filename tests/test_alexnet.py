@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
+from small_models import Plain, narrow
 from torch import nn
 
 import fastalex
@@ -22,13 +23,6 @@ PARAMETERS = {
     "bvlc_alexnet": 60_965_224,
     "caffenet": 60_965_224,
 }
-
-
-def narrow(name: str, divisor: int = 8) -> Variant:
-    """The variant with a fraction of the channels: the same wiring, fast enough for every test."""
-    variant = VARIANTS[name]
-    convs = tuple(Conv(**{**vars(c), "channels": c.channels // divisor}) for c in variant.convs)
-    return Variant(**{**vars(variant), "name": f"narrow {name}", "convs": convs, "hidden": (64, 48)})
 
 
 def by_hand(model, x):
@@ -421,26 +415,6 @@ def test_images_in_blocks_need_a_stride():
 # ---- no result depends on an earlier call
 
 
-class Plain(nn.Module):
-    """torchvision's AlexNet in modules of torch.nn, an eighth as wide."""
-
-    def __init__(self, num_classes=8):
-        super().__init__()
-        channels, modules = 3, []
-        for conv in narrow("torchvision").convs:
-            modules += [nn.Conv2d(channels, conv.channels, conv.kernel_size, conv.stride, conv.padding), nn.ReLU()]
-            modules += [nn.MaxPool2d(3, 2)] if conv.pool else []
-            channels = conv.channels
-        self.features = nn.Sequential(*modules)
-        self.avgpool = nn.AdaptiveAvgPool2d(6)
-        first, second = narrow("torchvision").hidden
-        hidden = [nn.Dropout(), nn.Linear(channels * 36, first), nn.ReLU(), nn.Dropout(), nn.Linear(first, second)]
-        self.classifier = nn.Sequential(*hidden, nn.ReLU(), nn.Linear(second, num_classes))
-
-    def forward(self, x):
-        return self.classifier(torch.flatten(self.avgpool(self.features(x)), 1))
-
-
 def with_numpy(weight):
     weight.detach().numpy()[5] = 0
 
@@ -465,7 +439,7 @@ EDITS = {
 @pytest.mark.parametrize("layer", ["features.0", "features.3", "features.6", "classifier.1", "classifier.6"])
 @pytest.mark.parametrize("kind", ["AlexNet", "fused"])
 def test_inference_sees_every_edit(kind, layer, edit):
-    model = fastalex.fuse(Plain()) if kind == "fused" else fastalex.AlexNet(8, variant=narrow("torchvision"))
+    model = fastalex.fuse(Plain()) if kind == "fused" else fastalex.AlexNet(4, variant=narrow("torchvision"))
     model, x = model.eval(), torch.randn(2, 3, 64, 64)
     with torch.no_grad():
         for _ in range(3):
@@ -509,7 +483,7 @@ def test_inference_keeps_a_dropout_that_was_left_on():
 @pytest.mark.parametrize("where", ["pixel", "weight", "all weights"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_nan_arrives_where_torchs_does(dtype, where, value):
-    model = fastalex.AlexNet(8, variant=narrow("torchvision")).eval()
+    model = fastalex.AlexNet(4, variant=narrow("torchvision")).eval()
     x = torch.randn(2, 3, 64, 64)
     with torch.no_grad():
         if where == "pixel":
