@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastalex import fields
 from fastalex import functional as F
 from fastalex.functional import ResponseNorm
 from fastalex.nn import (
@@ -45,6 +46,26 @@ class Conv:
     std: float = 0.01  # of the initial weights
     bias: float = 0.0  # initial
 
+    def __post_init__(self) -> None:
+        """Raises ValueError, naming the field, for a value that makes no layer."""
+        for name in ("channels", "kernel_size", "stride", "groups", "pool_stride"):
+            fields.whole(name, getattr(self, name))
+        fields.whole("padding", self.padding, 0)
+        if self.pool is not None:
+            fields.whole("pool", self.pool)
+        if self.norm is not None:
+            if not isinstance(self.norm, tuple) or len(self.norm) != len(ResponseNorm._fields):
+                raise ValueError(f"norm must be a ResponseNorm or None, got {self.norm!r}")
+            size, *numbers, groups = self.norm
+            fields.whole("norm.size", size)
+            fields.whole("norm.groups", groups)
+            for name, value in zip(ResponseNorm._fields[1:-1], numbers, strict=True):
+                fields.number(f"norm.{name}", value)
+        fields.number("std", self.std, 0)
+        fields.number("bias", self.bias)
+        if self.channels % self.groups:
+            raise ValueError(f"groups must divide the {self.channels} channels, got {self.groups}")
+
 
 @dataclass(frozen=True)
 class Variant:
@@ -71,11 +92,49 @@ class Variant:
     init: str = "normal"
     features_size: int = 6
 
+    def __post_init__(self) -> None:
+        """Raises ValueError, naming the field, for a value that makes no network."""
+        if not isinstance(self.name, str):
+            raise ValueError(f"name must be a text, got {self.name!r}")
+        if not isinstance(self.convs, tuple) or not self.convs or not all(isinstance(c, Conv) for c in self.convs):
+            raise ValueError(f"convs must be a tuple of one Conv or more, got {self.convs!r}")
+        for name in ("crop", "in_channels", "features_size"):
+            fields.whole(name, getattr(self, name))
+        fields.whole("pad_end", self.pad_end, 0)
+        fields.one_of("relu", self.relu, "first", "last")
+        fields.one_of("init", self.init, "normal", "torch")
+        fields.one_of("pool_first", self.pool_first, False, True)
+        fields.one_of("dropout_first", self.dropout_first, False, True)
+        if not isinstance(self.hidden, tuple) or len(self.hidden) != 2:
+            raise ValueError(f"hidden must be two numbers, got {self.hidden!r}")
+        for size in self.hidden:
+            fields.whole("hidden", size)
+        fields.number("hidden_std", self.hidden_std, 0)
+        fields.number("hidden_bias", self.hidden_bias)
+
     @classmethod
-    def from_dict(cls, fields: Mapping[str, Any]) -> Variant:
-        """The variant that `dataclasses.asdict` took apart, also after a trip through JSON."""
-        convs = [Conv(**{**conv, "norm": conv["norm"] and ResponseNorm(*conv["norm"])}) for conv in fields["convs"]]
-        return cls(**{**fields, "convs": tuple(convs), "hidden": tuple(fields["hidden"])})
+    def from_dict(cls, values: Mapping[str, Any]) -> Variant:
+        """The variant that `dataclasses.asdict` took apart, also after a trip through JSON.
+
+        Raises ValueError, naming the field, for one that is missing, unknown or wrong.
+        """
+        found = fields.complete("variant", cls, values)
+        convs = []
+        for i, conv in enumerate(fields.listed("variant.convs", found["convs"])):
+            conv = fields.complete(f"variant.convs[{i}]", Conv, conv)
+            norm = conv["norm"]
+            if norm is not None:
+                norm = fields.listed(f"variant.convs[{i}].norm", norm)
+                conv["norm"] = ResponseNorm(*norm) if len(norm) == len(ResponseNorm._fields) else norm
+            try:
+                convs.append(Conv(**conv))
+            except ValueError as error:
+                raise ValueError(f"variant.convs[{i}].{error}") from None
+        found |= {"convs": tuple(convs), "hidden": fields.listed("variant.hidden", found["hidden"])}
+        try:
+            return cls(**found)
+        except ValueError as error:
+            raise ValueError(f"variant.{error}") from None
 
 
 def _krizhevsky(norm: ResponseNorm, conv1_padding: int, bias: float, std: float = 0.01) -> tuple[Conv, ...]:
@@ -251,6 +310,20 @@ class AlexNet(nn.Module):
             after = f" (or (N, {channels[1]}, H', W') after space-to-depth)" if channels[1:] else ""
             raise ValueError(f"input must be (N, {channels[0]}, H, W), got shape {tuple(input.shape)}{after}")
 
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """As nn.Module's; the RuntimeError for weights of another variant says which one they fit."""
+        try:
+            return super().load_state_dict(state_dict, strict, assign)
+        except RuntimeError as error:
+            fitting = fitting_variants(state_dict)
+            if not fitting or self.variant.name in fitting:
+                raise
+            classes = state_dict["classifier.6.weight"].shape[0]
+            raise RuntimeError(
+                f'these weights fit variant "{fitting[0]}", not "{self.variant.name}": '
+                f'build AlexNet({classes}, variant="{fitting[0]}"). {error}'
+            ) from None
+
     def block_padding(self, height: int, width: int) -> tuple[tuple[int, int], tuple[int, int]]:
         """((top, bottom), (left, right)), the padding with which space-to-depth serves images of this size.
 
@@ -363,8 +436,9 @@ def alexnet(
     """An AlexNet, with weights if asked for, in training mode.
 
     weights: None (fresh initialisation); a name of torchvision's ("IMAGENET1K_V1", "DEFAULT", or the members of
-        `torchvision.models.AlexNet_Weights`), downloaded once to torch's hub directory; or a path to `.safetensors`,
-        `.pth` or `.pt` (read with weights_only=True; a state_dict, or a dict that holds one as "state_dict").
+        `torchvision.models.AlexNet_Weights`), downloaded once to torch's hub directory; or a path to a `.safetensors`,
+        or to what torch.save wrote (read with weights_only=True): a state_dict in any precision, or a dict that holds
+        one, see `plain_state`.  The model is in float32.
     variant: as for `AlexNet`; by default the one that the weights were made for, else "paper".
     kwargs: num_classes (by default the number in the weights) and dropout, for `AlexNet`.
 
@@ -389,11 +463,17 @@ def alexnet(
     if wanted.name in VARIANTS and wanted.name not in fitting:
         fits = f'variant "{fitting[0]}"' if fitting else "no variant of AlexNet"
         raise ValueError(f'the weights {weights} fit {fits}, not "{wanted.name}"')
-    classes = state["classifier.6.weight"].shape[0]
+    last = state.get("classifier.6.weight")
+    if last is None or last.dim() != 2:
+        raise ValueError(f"the weights {weights} have no matrix classifier.6.weight: they are of another network")
+    classes = last.shape[0]
     if kwargs.setdefault("num_classes", classes) != classes:
         raise ValueError(f"num_classes is {kwargs['num_classes']}, but the weights {weights} have {classes} classes")
     model = AlexNet(variant=wanted, **kwargs)
-    model.load_state_dict(state)
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as error:
+        raise ValueError(f'the weights {weights} do not fit variant "{wanted.name}": {error}') from None
     return model
 
 
@@ -411,13 +491,56 @@ def load_weights(weights: Any, *, progress: bool = True) -> tuple[dict[str, Tens
         known = ", ".join([*TORCHVISION_WEIGHTS, "DEFAULT"])
         raise FileNotFoundError(f"weights must be one of {known} or an existing file, got {str(weights)!r}")
     if path.suffix == ".safetensors":
-        return _load_safetensors(path)
-    if path.suffix not in (".pth", ".pt"):
-        raise ValueError(f"weights must be a .safetensors, .pth or .pt file, got {path}")
-    content = torch.load(path, map_location="cpu", weights_only=True)
+        state, variant = _load_safetensors(path)
+        return plain_state(state, path), variant
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # whatever PyTorch trips over in foreign bytes
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ValueError(
+            f"{path} holds no weights that PyTorch reads with weights_only=True: {reason[:300]}"
+        ) from error
+    variant = content.get("variant") if isinstance(content, Mapping) else None
+    return plain_state(content, path), variant if isinstance(variant, str) else None
+
+
+# where programs put the weights in what they save, in the order of preference
+PLACES: tuple[str, ...] = (
+    *("state_dict", "model_state_dict", "model", "model_state", "net", "network", "weights", "params", "module"),
+    *("model_ema", "state_dict_ema", "ema_state_dict", "ema"),
+)
+
+
+def plain_state(content: Any, path: Path) -> dict[str, Tensor]:
+    """The state_dict in what another program saved.
+
+    It may lie in an entry of PLACES; names may have gone through DataParallel, AveragedModel or torch.compile
+    ("module.", "features.module.", "_orig_mod."), or through a model around this one ("model.").
+    Raises ValueError, naming the file and the entry, for what holds no weights.
+    """
+    while isinstance(content, Mapping):
+        inner = next((content[name] for name in PLACES if isinstance(content.get(name), Mapping)), None)
+        if inner is None:
+            break
+        content = inner
     if not isinstance(content, Mapping):
         raise ValueError(f"{path} holds a {type(content).__name__}, not a state_dict")
-    return dict(content.get("state_dict", content)), content.get("variant")
+    if not content:
+        raise ValueError(f"{path} holds no weights")
+    state: dict[str, Tensor] = {}
+    for name, value in content.items():
+        if not isinstance(value, Tensor) or not isinstance(name, str):
+            raise ValueError(f"{path} holds no state_dict: its entry {name!r} is a {type(value).__name__}")
+        if name != "n_averaged":  # AveragedModel's counter
+            state[".".join(part for part in name.split(".") if part not in ("module", "_orig_mod"))] = value
+    outer = {name.partition(".")[0] for name in state}
+    while len(outer) == 1 and all("." in name for name in state) and not outer & {"features", "classifier"}:
+        state = {name.partition(".")[2]: value for name, value in state.items()}
+        outer = {name.partition(".")[0] for name in state}
+    for name, value in state.items():
+        if not value.is_floating_point():
+            raise ValueError(f"{path}: {name} is {value.dtype}, no weights")
+    return state
 
 
 def _download(name: str, progress: bool) -> dict[str, Tensor]:
@@ -438,19 +561,25 @@ def _load_safetensors(path: Path) -> tuple[dict[str, Tensor], Variant | str | No
         from safetensors import safe_open
     except ImportError as error:
         raise ImportError(f"reading {path} needs the safetensors package: pip install safetensors") from error
-    with safe_open(path, framework="pt") as file:
-        state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118, not a dict
-        metadata = file.metadata() or {}
+    try:
+        with safe_open(path, framework="pt") as file:
+            state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118, not a dict
+            metadata = file.metadata() or {}
+    except Exception as error:  # whatever the package trips over in foreign bytes
+        raise ValueError(f"{path} is not a safetensors file ({error})") from None
     # what `fastalex train` writes describes its variant, listed or not
     if METADATA_KEY in metadata:
-        return state, Variant.from_dict(json.loads(metadata[METADATA_KEY])["variant"])
+        try:
+            return state, Variant.from_dict(json.loads(metadata[METADATA_KEY])["variant"])
+        except (KeyError, TypeError, ValueError, RecursionError) as error:
+            raise ValueError(f"{path}: its description of the model is damaged: {error}") from None
     return state, metadata.get("variant")
 
 
 def fitting_variants(state: Mapping[str, Tensor]) -> list[str]:
     """The names of the variants whose parameters have these names and shapes, whatever the number of classes."""
-    found = {key: tuple(value.shape) for key, value in state.items()}
-    classes = found.get("classifier.6.weight", (1000,))[0]
+    found = {key: tuple(value.shape) for key, value in state.items() if isinstance(value, Tensor)}
+    classes = (found.get("classifier.6.weight") or (1000,))[0]
     with torch.device("meta"):
         models = {name: AlexNet(classes, variant=replace(v, init="torch")) for name, v in VARIANTS.items()}
     return [
