@@ -73,6 +73,7 @@ def train(
     deterministic: bool = False,
     device: str | None = None,
     workers: int | None = None,
+    on_error: Literal["stop", "skip"] = "stop",
     seed: int = 0,
     resume: bool = False,
     save_minutes: float = 10.0,
@@ -102,7 +103,9 @@ def train(
         parallel: Of several processes: "data" gives each the whole model, "hybrid" splits the fully connected layers.
         deterministic: Take only algorithms that give the same bits in every run, slower on a GPU.
         device: cpu, cuda, cuda:1, ...; by default a GPU if there is one.
-        workers: Processes that read pictures from --data; by default one per core, 8 at most.
+        workers: Processes that read pictures from --data, 0 for none; by default one per core, 8 at most.
+        on_error: What a damaged picture in a folder does: "stop" ends with its path, "skip" reads every picture once
+            before it starts, leaves out what cannot be read, and lists it.
         seed: Of the initial weights, the order of the pictures, the crops and the dropout.
         resume: Go on with the run in the output folder, if there is one.
         save_minutes: How often state.pt is written within an epoch.
@@ -146,7 +149,7 @@ def train(
         workers = max(1, min(8, (os.cpu_count() or 1) // distributed.local_size())) if workers is None else workers
     make = FashionMNIST.preprocessing_for if data is None else Preprocessing.for_photos
     preprocessing = make(chosen.variant.in_channels, chosen.variant.crop)
-    images = open_images(data, preprocessing, splits=("train", "test"), workers=workers)
+    images = open_images(data, preprocessing, splits=("train", "test"), workers=workers, on_error=on_error)
     with distributed.process_group(where):
         exists = distributed.from_rank_0((out / STATE).exists())
         if exists and not resume and not distributed.restarted():
@@ -154,7 +157,7 @@ def train(
         first = distributed.rank() == 0
         if first:
             if resume and not exists:
-                console.print(f"nothing to resume in {out}: starting from the beginning")
+                console.print(f"nothing to resume in {out}: starting from the beginning", soft_wrap=True)
             processes = f", {distributed.size()} processes" if distributed.size() > 1 else ""
             console.print(
                 f"{images.count('train'):,} training pictures of {len(images.classes)} classes, on {where}{processes}"
@@ -167,10 +170,10 @@ def train(
                 loop.train(model, images, chosen, out, options=options, resume=exists, watcher=watcher)
         except loop.Stopped as stopped:
             if first:
-                console.print(f"{stopped}; the same command with --resume goes on with {out}")
+                console.print(f"{stopped}; the same command with --resume goes on with {out}", soft_wrap=True)
             raise SystemExit(128 + stopped.signal) from None
         if first:
-            console.print(f"wrote {out}")
+            console.print(f"wrote {out}", soft_wrap=True)
 
 
 def evaluate(
@@ -181,6 +184,7 @@ def evaluate(
     batch_size: int = 250,
     device: str | None = None,
     workers: int | None = None,
+    on_error: Literal["stop", "skip"] = "stop",
 ) -> None:
     """Measure a model's accuracy on test pictures, as a whole and class by class.
 
@@ -192,7 +196,9 @@ def evaluate(
         out: Folder for scores.json (with every class and the confusion matrix) and confusion.png.
         batch_size: Images per step; of ten crops a tenth as many pictures.
         device: cpu, cuda, cuda:1, ...; by default a GPU if there is one.
-        workers: Processes that read pictures from --data; by default one per core, 8 at most.
+        workers: Processes that read pictures from --data, 0 for none; by default one per core, 8 at most.
+        on_error: What a damaged picture in a folder does: "stop" ends with its path, "skip" reads every picture once
+            before it starts, leaves out what cannot be read, and lists it.
     """
     import json
 
@@ -208,7 +214,7 @@ def evaluate(
     if batch_size < 1:
         raise ValueError(f"--batch-size must be at least 1, got {batch_size}")
     model, card = load_classifier(weights)
-    images = open_images(data, card.preprocessing, splits=("test",), workers=workers)
+    images = open_images(data, card.preprocessing, splits=("test",), workers=workers, on_error=on_error)
     check_classes(card, images.classes)
     where = find_device(device)
     confusion = torch.zeros(len(card.classes), len(card.classes), dtype=torch.int64, device=where)
@@ -358,7 +364,7 @@ def pack(
         target: New folder for the records: 197 KB a picture at 256x256, so 262 GB for ImageNet.
         size: Height and width; by default 256, and 32 for CIFAR-10.  The short side is resized, the middle kept.
         on_error: What a damaged or huge picture does: "stop" ends with its path, "skip" leaves it out and lists it.
-        workers: Processes that decode; by default one per core.
+        workers: Processes that decode, 0 for this one alone; by default one per core.
         val_labels: Labels of a flat val/ folder, one line a picture, where they are not in a file of the usual name.
     """
     from fastalex.data.pack import pack as pack_pictures
@@ -392,7 +398,7 @@ def verify(data: Annotated[Path, tyro.conf.Positional]) -> None:
     from fastalex.data.packed import verify as verify_packed
     from fastalex.visualize.console import console
 
-    console.print(f"{data}: {verify_packed(data) / 1e9:.2f} GB as they were written", highlight=False)
+    console.print(f"{data}: {verify_packed(data) / 1e9:.2f} GB as they were written", highlight=False, soft_wrap=True)
 
 
 def tune(
@@ -628,11 +634,16 @@ def tell_written(paths: Sequence[Path]) -> None:
 def tell(line: str) -> None:
     from fastalex.visualize.console import console
 
-    console.print(line, soft_wrap=True, highlight=False, markup=False)
+    console.print(line, soft_wrap=True, highlight=False)
 
 
 def open_images(
-    data: Path | None, preprocessing: Preprocessing, *, splits: tuple[str, ...], workers: int | None
+    data: Path | None,
+    preprocessing: Preprocessing,
+    *,
+    splits: tuple[str, ...],
+    workers: int | None,
+    on_error: Literal["stop", "skip"] = "stop",
 ) -> ImageSet:
     from fastalex.data.image_sets import FashionMNIST, Folders
     from fastalex.data.packed import PackedSet, is_packed
@@ -641,7 +652,10 @@ def open_images(
         return FashionMNIST(preprocessing)
     if is_packed(data):
         return PackedSet(data, preprocessing, splits=splits, threads=workers)
-    return Folders(data, preprocessing, splits=splits, workers=workers)
+    folders = Folders(data, preprocessing, splits=splits, workers=workers, on_error=on_error)
+    for path, reason in folders.unreadable:
+        tell(f"skipped {path}: {reason}")
+    return folders
 
 
 def find_device(name: str | None) -> torch.device:

@@ -8,6 +8,9 @@ from fastalex.ops.lrn import local_response_norm
 from fastalex.ops.lrn_max_pool import lrn_max_pool2d
 from fastalex.ops.max_pool import max_pool2d, max_pool2d_indices
 
+# counts for the operators above: imported last
+from fastalex.ops import flops  # isort: skip  # noqa: F401
+
 __all__ = [
     "augment",
     "conv2d_relu",

@@ -6,6 +6,7 @@ gives their gradients in their own dtype.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -53,11 +54,16 @@ LINEAR_RELU = dispatch.register(
 )
 
 
+def as_rows(tensor: Tensor) -> Tensor:
+    """(..., C) -> (N, C), packed; also where C is 0."""
+    return tensor.reshape(math.prod(tensor.shape[:-1]), tensor.shape[-1]).contiguous()
+
+
 @operator("fastalex::linear_relu_dropout")
 def linear_relu_dropout(input: Tensor, weight: Tensor, bias: Tensor | None, p: float, seed: Tensor | None) -> Tensor:
     """(..., C) -> (..., K).  `seed`, an int64 tensor of one element on the input's device, chooses what p > 0 drops."""
     with device_of(input):
-        rows = input.reshape(-1, input.shape[-1])
+        rows = as_rows(input)
         if backend.takes_triton(NAME, input):
             if p > 0:
                 bias_relu_ = implementation("bias_relu", NAME, input).bias_relu_
@@ -84,9 +90,9 @@ def linear_relu_dropout_backward(
     """The gradients of (input, weight, bias), empty where `needs` says no."""
     with device_of(input):
         scale = 1 / (1 - p)
-        grad_rows = grad.reshape(-1, grad.shape[-1])
-        output_rows = output.reshape(-1, output.shape[-1])
-        rows = input.reshape(-1, input.shape[-1])
+        grad_rows = as_rows(grad)
+        output_rows = as_rows(output)
+        rows = as_rows(input)
         bias_grad = None
         if backend.takes_triton(NAME, input):
             kernels = implementation("relu_bias_grad", NAME, input)
