@@ -221,6 +221,11 @@ SUMMARY = {
 }
 
 
+def layer(case: Result) -> str:
+    """The layer or variant of a case; the name of a published workload that is neither."""
+    return case.get("layer") or case["group"].partition("-")[0]
+
+
 def summarised(result: Result) -> list[Result]:
     """fastalex's cases of the kinds in `SUMMARY`: of each layer and dtype the largest batch, of inference one more."""
     ours = [providers[OURS] for providers in groups(result).values()]
@@ -229,7 +234,7 @@ def summarised(result: Result) -> list[Result]:
         batches: dict[tuple[str, str], list[Result]] = {}
         for case in ours:
             if (case["operation"], case["pass"]) == kind:
-                batches.setdefault((case["layer"], case["dtype"]), []).append(case)
+                batches.setdefault((layer(case), case["dtype"]), []).append(case)
         for cases in batches.values():
             cases.sort(key=lambda case: case["shape"][0])
             found += [cases[0], cases[-1]] if kind == ("alexnet", "inference") and len(cases) > 1 else [cases[-1]]
@@ -257,7 +262,7 @@ def summary(result: Result) -> str:
     ]
     for case, ratios in zip(cases, faster, strict=True):
         kind = SUMMARY[case["operation"], case["pass"]]
-        cells = [kind, case["layer"], case["dtype"], str(case["shape"][0]), _milliseconds(case["median"])]
+        cells = [kind, layer(case), case["dtype"], str(case["shape"][0]), _milliseconds(case["median"])]
         lines.append(f"| {' | '.join(cells + [_ratio(ratios.get(name)) for name in others])} |")
     return "\n".join(lines)
 
