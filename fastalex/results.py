@@ -18,6 +18,7 @@ from fastalex.files import write_whole
 Result = dict[str, Any]
 SCHEMA = 2
 OURS = "fastalex"
+EAGER = ("eager", "eager-nchw")
 KEPT = (
     "operation", "provider", "pass", "dtype", "layout", "shape", "layer", "timing", "gb_per_s", "percent_of_copy",
     "tflop_per_s", "percent_of_matrix_rate", "host_ms", "wall_ms", "peak_bytes", "ratio", "load_average",
@@ -244,6 +245,7 @@ def summarised(result: Result) -> list[Result]:
 def summary(result: Result) -> str:
     """The cases of `summarised`, one line each; of a provider with two layouts the faster one."""
     cases = summarised(result)
+    on_gpu = bool(result["machine"]["gpu"])
     faster: list[dict[str, float]] = []
     for case in cases:
         ratios: dict[str, float] = {}
@@ -251,19 +253,38 @@ def summary(result: Result) -> str:
             name = provider.removesuffix("-nchw")
             ratios[name] = min(ratio, ratios.get(name, ratio))
         faster.append(ratios)
-    others = [name for name in baselines(result) if name != OURS and any(name in ratios for ratios in faster)]
-    lines = [
+    # a graph's replay takes the device as long as what it was captured from: told by the column of a loop
+    others = [
+        name
+        for name in baselines(result)
+        if name not in (OURS, f"{OURS}-graph") and any(name in ratios for ratios in faster)
+    ]
+    head = (
         f"{machine(result)}. Median time of fastalex, and the time of others divided by it: above 1, fastalex is "
         "faster; **bold** where it is not; - where it was not measured. `eager` is the faster of PyTorch's two "
-        "layouts, `compile` is torch.compile.",
-        "",
-        f"| | layer or variant | dtype | batch | fastalex, ms | {' | '.join(others)} |",
-        "|---|---|---|---:|" + "---:|" * (len(others) + 1),
-    ]
+        "layouts, `compile` is torch.compile."
+    )
+    columns = ["", "layer or variant", "dtype", "batch", "fastalex, ms", *others]
+    if on_gpu:
+        head += (
+            " These are times of the device, as a CUDA graph replays the work. `loop`: from a call in Python, without a "
+            "graph, until its work has ended, which at small batches is the host's time."
+        )
+        columns += ["loop, ms", "eager, loop"]
+    lines = [head, "", f"| {' | '.join(columns)} |", "|---|---|---|---:|" + "---:|" * (len(columns) - 4)]
+    providers = groups(result)
     for case, ratios in zip(cases, faster, strict=True):
         kind = SUMMARY[case["operation"], case["pass"]]
         cells = [kind, layer(case), case["dtype"], str(case["shape"][0]), _milliseconds(case["median"])]
-        lines.append(f"| {' | '.join(cells + [_ratio(ratios.get(name)) for name in others])} |")
+        cells += [_ratio(ratios.get(name)) for name in others]
+        if on_gpu:
+            loop = case.get("wall_ms")
+            eager = [c["wall_ms"] for name, c in providers[case["group"]].items() if name in EAGER and "wall_ms" in c]
+            cells += [
+                "-" if loop is None else _milliseconds(loop),
+                _ratio(min(eager) / loop if loop and eager else None),
+            ]
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
