@@ -401,6 +401,13 @@ def verify(data: Annotated[Path, tyro.conf.Positional]) -> None:
     console.print(f"{data}: {verify_packed(data) / 1e9:.2f} GB as they were written", highlight=False, soft_wrap=True)
 
 
+def check() -> None:
+    """Compare and time everything on this GPU: does it work, and what is gained? See `fastalex check --help`."""
+    from fastalex.check.command import main as run
+
+    raise SystemExit(run([]))
+
+
 def tune(
     variant: tuple[Literal["paper", "code2012", "torchvision", "bvlc_alexnet", "caffenet"], ...] = ("paper",),
     batch_size: tuple[int, ...] = (128,),
@@ -702,6 +709,7 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "pack": pack,
     "verify": verify,
     "tune": tune,
+    "check": check,
 }
 
 

@@ -267,8 +267,8 @@ def summary(result: Result) -> str:
     columns = ["", "layer or variant", "dtype", "batch", "fastalex, ms", *others]
     if on_gpu:
         head += (
-            " These are times of the device, as a CUDA graph replays the work. `loop`: from a call in Python, without a "
-            "graph, until its work has ended, which at small batches is the host's time."
+            " These are times of the device, as a CUDA graph replays the work. `loop`: from a call in Python, without "
+            "a graph, until its work has ended, which at small batches is the host's time."
         )
         columns += ["loop, ms", "eager, loop"]
     lines = [head, "", f"| {' | '.join(columns)} |", "|---|---|---|---:|" + "---:|" * (len(columns) - 4)]

@@ -12,9 +12,11 @@ import torch
 
 from fastalex.check import runner
 from fastalex.check.machine import identity
+from fastalex.check.prepare import entries, prepare
 from fastalex.check.report import report, wrong
 from fastalex.check.runner import Log
 from fastalex.check.stages import LOG, STAGES
+from fastalex.kernels.offline import TARGETS
 
 DESCRIPTION = """Does fastalex work on this machine, and what is gained?  Compiles every kernel, compares it with
 float64, then times it, whole models and all candidates of their convolutions against PyTorch.  Each stage has a process
@@ -28,12 +30,19 @@ def parser() -> argparse.ArgumentParser:
     out.add_argument("--minutes", type=float, default=5.0, help="when to end, finished or not (default 5)")
     out.add_argument("--out", type=Path, default=Path("runs/check"), help="folder for results (default runs/check)")
     out.add_argument("--stage", action="append", choices=[stage.name for stage in STAGES], help="only this; repeatable")
+    out.add_argument(
+        "--cache", type=Path, metavar="DIR", help="Triton's cache: what --prepare left, or an empty folder"
+    )
+    out.add_argument("--prepare", type=Path, metavar="DIR", help="only compile into this cache, without a GPU")
+    out.add_argument("--target", default="sm_90", choices=TARGETS, help="of --prepare (default sm_90)")
     return out
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Returns the exit code: 0, 1 if something is wrong, 2 for arguments that make no sense."""
     options = parser().parse_args(arguments)
+    if options.prepare is not None:
+        return prepare(options.prepare, options.target, entries())
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device == "cuda" and not torch.cuda.is_available():
         print("fastalex: error: --device cuda: PyTorch finds no CUDA device here", file=sys.stderr)
@@ -45,6 +54,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     who = identity(device)
     log = opened(options.out, who)
     os.environ[LOG] = str(log.path.resolve())
+    if options.cache is not None:
+        os.environ["TRITON_CACHE_DIR"] = str(options.cache.resolve())
     stages = [stage for stage in STAGES if options.stage is None or stage.name in options.stage]
     command = [sys.executable, "-m", "fastalex.check.stages"]
     run(stages, log, device, options.minutes, command)

@@ -74,11 +74,11 @@ def bandwidth(lines: Sequence[Row]) -> list[str]:
 def models(lines: Sequence[Row]) -> list[str]:
     """A row for each case, a column for each provider, in images per second."""
     cases: dict[str, dict[str, int]] = {}
-    for stage in ("models' times", "models' times, tuned", "compiled models"):
+    for stage in ("speed", "speed-tuned", "compile"):
         for row in iterate_rows(lines, "times", stage):
             if row["state"] == "done":
                 case, _, provider = row["item"].partition("/")
-                column = f"{provider}, tuned" if stage.endswith("tuned") else provider
+                column = f"{provider}, tuned" if stage == "speed-tuned" else provider
                 cases.setdefault(case, {})[column] = row["images_per_s"]
     columns = list(dict.fromkeys(column for found in cases.values() for column in found))
     rows = [[case, *(found.get(column) for column in columns)] for case, found in cases.items()]
@@ -88,7 +88,7 @@ def models(lines: Sequence[Row]) -> list[str]:
 def convolutions(lines: Sequence[Row]) -> list[str]:
     """What each layer takes from now on, and what that gains over the default."""
     rows = []
-    for row in iterate_rows(lines, "times", "convolutions"):
+    for row in iterate_rows(lines, "times", "candidates"):
         if row["state"] == "done":
             ms = row["ms"]
             best = sorted(ms, key=ms.__getitem__)[:4]
@@ -108,6 +108,9 @@ def report(lines: Sequence[Row], identity: Row) -> str:
             k: v for k, v in row.items() if k not in ("phase", "stage", "item", "process", "state", "seconds", "at")
         }
         out.append(f"- {row['item']}: " + ", ".join(f"{key} {value}" for key, value in told.items()))
+    told = [line for line in lines if line.get("state") == "kernels"]
+    compiled, cached = (sum(line[key] for line in told) for key in ("compiled", "cached"))
+    out.append(f"- kernels: {compiled} compiled, {cached} out of the cache")
     for title, found in (
         ("Values", values(lines)),
         ("Bandwidth", bandwidth(lines)),

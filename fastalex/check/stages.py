@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 
 from fastalex.check import convolutions, kernels, machine, models
+from fastalex.check.prepare import compilations
 from fastalex.check.runner import Context, Item, Log, Stage, end, iterate_rows, run_stage
 from fastalex.kernels import interpreter
 
@@ -19,7 +20,7 @@ def tuned_times(context: Context) -> Mapping[str, Item]:
     """The models again, with what the convolutions' times say is to be taken."""
     if context.small:
         return {}
-    rows = list(iterate_rows(Log(Path(os.environ[LOG])).read(), "times", "convolutions"))
+    rows = list(iterate_rows(Log(Path(os.environ[LOG])).read(), "times", "candidates"))
     return models.times(context, [row for row in rows if row["state"] == "done"])
 
 
@@ -29,14 +30,14 @@ STAGES = (
         Stage(operation, partial(kernels.values, operation), seconds=150, processes=6)
         for operation in ("lrn_max_pool", "lrn", "max_pool")
     ),
-    Stage("small kernels", kernels.small_kernels, processes=2, interpreted=True),
+    Stage("elementwise", kernels.small_kernels, processes=2, interpreted=True),
     Stage("models", models.values, seconds=120, processes=4),
-    Stage("convolution values", convolutions.values, processes=8, interpreted=True),
+    Stage("convolutions", convolutions.values, processes=8, interpreted=True),
     Stage("bandwidth", kernels.bandwidth, times=True, processes=4, seconds=150, needed=25),
-    Stage("models' times", models.times, times=True, processes=4, seconds=120, needed=40),
-    Stage("convolutions", convolutions.times, times=True, processes=6, needed=60),
-    Stage("models' times, tuned", tuned_times, times=True, warm=False, needed=10),
-    Stage("compiled models", models.compiled_times, times=True, warm=False, seconds=150, needed=80),
+    Stage("speed", models.times, times=True, processes=4, seconds=120, needed=40),
+    Stage("candidates", convolutions.times, times=True, processes=6, needed=60),
+    Stage("speed-tuned", tuned_times, times=True, warm=False, needed=10),
+    Stage("compile", models.compiled_times, times=True, warm=False, seconds=150, needed=80),
 )
 
 
@@ -44,10 +45,11 @@ def main() -> None:
     name, phase, process, processes, device = sys.argv[1:6]
     if device == "cpu":
         interpreter.mend()
+    log = Log(Path(os.environ[LOG]))
     stage = next(stage for stage in STAGES if stage.name == name)
-    run_stage(
-        stage, Log(Path(os.environ[LOG])), Context(device, timed=phase == "times"), phase, int(process), int(processes)
-    )
+    with compilations() as kernels_found:
+        run_stage(stage, log, Context(device, timed=phase == "times"), phase, int(process), int(processes))
+    log.put(phase=phase, stage=name, process=int(process), state="kernels", item=None, **kernels_found)
     end()
 
 
