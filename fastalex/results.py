@@ -264,14 +264,14 @@ def summary(result: Result) -> str:
         "faster; **bold** where it is not; - where it was not measured. `eager` is the faster of PyTorch's two "
         "layouts, `compile` is torch.compile."
     )
-    columns = ["", "layer or variant", "dtype", "batch", "fastalex, ms", *others]
+    columns = ["layer or variant", "dtype", "batch", "fastalex, ms", *others]
     if on_gpu:
         head += (
             " These are times of the device, as a CUDA graph replays the work. `loop`: from a call in Python, without "
             "a graph, until its work has ended, which at small batches is the host's time."
         )
         columns += ["loop, ms", "eager, loop"]
-    lines = [head, "", f"| {' | '.join(columns)} |", "|---|---|---|---:|" + "---:|" * (len(columns) - 4)]
+    lines = [head, "", f"| | {' | '.join(columns)} |", "|---|---|---|---:|" + "---:|" * (len(columns) - 3)]
     providers = groups(result)
     for case, ratios in zip(cases, faster, strict=True):
         kind = SUMMARY[case["operation"], case["pass"]]

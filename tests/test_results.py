@@ -201,8 +201,8 @@ def checkout(tmp_path):
     return tmp_path
 
 
-def shows(path, table):
-    return f"\n<!-- cpu results -->\n{table}\n<!-- end of cpu results -->\n" in path.read_text()
+def shows(path, table, kind="cpu"):
+    return f"\n<!-- {kind} results -->\n{table}\n<!-- end of {kind} results -->\n" in path.read_text()
 
 
 def test_bench_report(full, checkout, capsys):
@@ -252,10 +252,30 @@ def test_without_markers_both_stay_as_they_are(name, full, checkout):
     assert {path: path.read_text() for path in checkout.rglob("*.md")} == texts
 
 
-def test_the_documents_show_the_newest_committed_result():
+def test_summary_of_a_gpu():
+    """What a loop without graphs waits for stands beside the device's time; a graph of ours is no rival."""
+    gpu = {"name": "Some GPU", "cudnn": 1, "driver": "2"}
+    info = {"operation": "alexnet", "pass": "inference", "layer": "paper", "shape": [1, 3]}
+    cases = [
+        case("fastalex", 1e-4, {"eager": 3.0, "fastalex-graph": 1.0}, "one", **info, wall_ms=2.0),
+        case("eager", 3e-4, {}, "one", **info, wall_ms=0.5),
+        case("fastalex-graph", 1e-4, {}, "one", **info, wall_ms=0.1),
+        case("fastalex", 1e-3, {}, "workload-inference", **{**info, "layer": "", "shape": [8, 3]}, wall_ms=1.5),
+    ]
+    machine = {**FULL["machine_info"], "gpu": gpu}
+    lines = results.summary(results.reduced({**FULL, "machine_info": machine, "benchmarks": cases})).splitlines()
+    assert lines[2] == "| | layer or variant | dtype | batch | fastalex, ms | eager | loop, ms | eager, loop |"
+    assert lines[4:] == [
+        "| AlexNet, inference | paper | fp32 | 1 | 0.1 | 3.00 | 2 | **0.25** |",
+        "| AlexNet, inference | workload | fp32 | 8 | 1 | - | 1.5 | - |",
+    ]
+
+
+@pytest.mark.parametrize(("kind", "device"), [("cpu", "cpu"), ("gpu", "nvidia-*[0-9]")])
+def test_the_documents_show_the_newest_committed_result(kind, device):
     root = Path(__file__).parents[1]
-    newest = max((root / "benchmarks" / "results").glob("*-cpu.json"))
+    newest = max((root / "benchmarks" / "results").glob(f"*-{device}.json"))
     result = results.load(newest)
     renew = f"fastalex bench report {newest.relative_to(root)} --readme README.md"
-    assert shows(root / "README.md", results.summary(result)), renew
-    assert shows(root / "docs" / "benchmarks.md", results.markdown(result)), renew
+    assert shows(root / "README.md", results.summary(result), kind), renew
+    assert shows(root / "docs" / "benchmarks.md", results.markdown(result), kind), renew
