@@ -116,7 +116,7 @@ def save_state(path: Path, **state: Any) -> None:
     content = io.BytesIO()
     torch.save({"format": STATE_FORMAT, **state}, content)
     with replacing(path) as temporary:
-        temporary.write_bytes(content.getbuffer())
+        write_buffer(temporary, content)
         if path.exists():
             link = path.with_name(f".{PREVIOUS_STATE}.partial")
             # some file systems have no hard links; there only the current state is kept
@@ -124,6 +124,12 @@ def save_state(path: Path, **state: Any) -> None:
                 link.unlink(missing_ok=True)
                 os.link(path, link)
                 os.replace(link, path.with_name(PREVIOUS_STATE))
+
+
+def write_buffer(path: Path, content: io.BytesIO) -> None:
+    """Not Path.write_bytes: the frame of one that fails keeps a view, and collecting that ends Python 3.12.1."""
+    with path.open("wb") as file:
+        file.write(content.getbuffer())
 
 
 def load_state(path: Path) -> dict[str, Any]:

@@ -127,8 +127,11 @@ class RowParallel(_Parallel):
         sums = DTensor.from_local(TF.linear(input, self.weight.to_local()), self.mesh, (Partial(),))
         output = sums.redistribute(placements=(Shard(0),))
         if self.bias is not None:
-            # redistributing what is whole already does nothing forward, and sums the processes' gradients backward
-            output = output + self.bias.redistribute(placements=(Replicate(),)).to(output.dtype)
+            bias = self.bias
+            if torch.is_grad_enabled():  # without gradients, PyTorch 2.11 refuses the following
+                # redistributing what is whole already does nothing forward, and sums the processes' gradients backward
+                bias = bias.redistribute(placements=(Replicate(),))
+            output = output + bias.to(output.dtype)
         # the processes' losses are means over their own images, and the loss is the mean of those
         return _ScaleGradient.apply(output.to_local(), 1 / self.mesh.size())
 

@@ -514,6 +514,7 @@ def test_operators_are_found_in_order():
 
 
 def test_the_command_needs_a_gpu():
+    pytest.importorskip("tyro")
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
     run = subprocess.run([sys.executable, "-m", "fastalex", "tune"], capture_output=True, text=True, env=environment)
     assert run.returncode == 2

@@ -206,6 +206,7 @@ def shows(path, table, kind="cpu"):
 
 
 def test_bench_report(full, checkout, capsys):
+    pytest.importorskip("tyro")
     readme, document = checkout / "README.md", checkout / "docs" / "benchmarks.md"
     arguments = ["bench", "report", str(full), "--out", str(checkout / "out"), "--readme", str(readme)]
     cli.main([*arguments, "--keep", str(checkout / "kept")])
@@ -234,6 +235,7 @@ def test_bench_report(full, checkout, capsys):
     ],
 )
 def test_other_files(content, message, tmp_path, capsys):
+    pytest.importorskip("tyro")
     path = tmp_path / "other.json"
     path.write_text(content)
     with pytest.raises(SystemExit) as stopped:

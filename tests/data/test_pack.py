@@ -361,6 +361,7 @@ def damaged(tmp_path):
 
 
 def test_the_first_damaged_picture_stops(damaged, tmp_path, capsys):
+    pytest.importorskip("tyro")
     with pytest.raises(ValueError, match=r"in/train/(cat/1|dog/2)\.jpg: cannot be decoded.*--on-error skip"):
         pack(damaged, tmp_path / "out", size=16)
     assert not (tmp_path / "out").exists()
@@ -373,6 +374,7 @@ def test_the_first_damaged_picture_stops(damaged, tmp_path, capsys):
 
 
 def test_damaged_pictures_are_skipped_and_listed(damaged, tmp_path, capsys):
+    pytest.importorskip("tyro")
     cli.main(["pack", str(damaged), str(tmp_path / "out"), "--size", "16", "--on-error", "skip"])
     said = capsys.readouterr().out.replace("\n", " ")
     assert "skipped train/cat/1.jpg: cannot be decoded" in said

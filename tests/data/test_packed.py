@@ -174,6 +174,7 @@ def test_a_model_that_does_not_fit(folder, looks):
 
 # -------------------------------------------------------------------------------------------------- damage
 def test_verify(folder, capsys):
+    pytest.importorskip("tyro")
     assert verify(folder) == 360 * 32 * 32 * 3
     cli.main(["verify", str(folder)])
     assert "as they were written" in capsys.readouterr().out

@@ -126,6 +126,7 @@ def test_rows_of_amd_have_no_instructions(compiler):
 
 
 def test_an_error_is_a_row(compiler, capsys):
+    pytest.importorskip("tyro")
     compiler["sm_80"] = {"error": "PTX refused"}
     with pytest.raises(SystemExit) as stopped:
         cli.main(["inspect", "--kernel", NAME, "--dtype", "fp16", "--target", "sm_80", "sm_90"])
@@ -136,6 +137,7 @@ def test_an_error_is_a_row(compiler, capsys):
 
 
 def test_markdown_file(compiler, tmp_path):
+    pytest.importorskip("tyro")
     path = tmp_path / "page.md"
     path.write_text(
         "before\n" + "\nbetween\n".join("".join(markers) for markers in machine_code.TABLES.values()) + "\n"
@@ -154,6 +156,7 @@ def test_markdown_file(compiler, tmp_path):
 
 
 def test_files_without_markers(compiler, tmp_path, capsys):
+    pytest.importorskip("tyro")
     path = tmp_path / "page.md"
     path.write_text("no markers")
     with pytest.raises(SystemExit) as stopped:
@@ -164,6 +167,7 @@ def test_files_without_markers(compiler, tmp_path, capsys):
 
 
 def test_chips_are_printed_without_compiling(capsys, monkeypatch):
+    pytest.importorskip("tyro")
     monkeypatch.setattr(offline, "results", None)
     cli.main(["inspect", "--chips"])
     text = capsys.readouterr().out
@@ -171,6 +175,7 @@ def test_chips_are_printed_without_compiling(capsys, monkeypatch):
 
 
 def test_chart(compiler, tmp_path):
+    pytest.importorskip("tyro")
     path = tmp_path / "chart.svg"
     cli.main(["inspect", "--chart", str(path), "--kernel", NAME, "--dtype", "fp16"])
     assert path.stat().st_size > 5000
@@ -180,6 +185,7 @@ def test_chart(compiler, tmp_path):
 
 
 def test_compare(compiler, tmp_path, capsys):
+    pytest.importorskip("tyro")
     path = tmp_path / "old.json"
     arguments = ["inspect", "--kernel", NAME, "--dtype", "fp16"]
     cli.main([*arguments, "--json", str(path)])

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from small_runs import run
 
-from fastalex import files
+from fastalex import checkpoint, files
 from fastalex.checkpoint import STATE
 from fastalex.training import loop
 
@@ -35,17 +35,16 @@ class DieAt(loop.Watcher):
 
 def die_half_way(call):
     """In the middle of the given write of state.pt."""
-    write, left = Path.write_bytes, [call]
+    write, left = checkpoint.write_buffer, [call]
 
     def half(path, content):
-        if path.name.startswith(f".{STATE}"):
-            left[0] -= 1
-            if left[0] == 0:
-                write(path, bytes(content)[: len(content) // 2])
-                die()
-        return write(path, content)
+        left[0] -= 1
+        if left[0] == 0:
+            path.write_bytes(content.getvalue()[: content.tell() // 2])
+            die()
+        write(path, content)
 
-    Path.write_bytes = half
+    checkpoint.write_buffer = half
 
 
 def die_around(name, call, after):
