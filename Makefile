@@ -9,7 +9,7 @@ RUN := $(VENV)/bin/python
 help:
 	@echo "make demo      train a small AlexNet on real pictures and show what it learnt (results in runs/demo)"
 	@echo "make test      the fast tests, on the CPU"
-	@echo "make test-all  all tests"
+	@echo "make test-all  all tests, and twenty minutes of fuzzing"
 	@echo "make bench     timings against PyTorch (results in runs/bench)"
 	@echo "make kernel-table  machine code and traffic of the kernels: docs/kernels.md, tests/kernels/baseline.json"
 	@echo "make gallery   docs/gallery.md with its pictures, experiments included"
@@ -31,7 +31,7 @@ test: $(VENV)/installed
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 --dist loadfile -m "not slow"
 
 test-all: $(VENV)/installed
-	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 --dist loadfile
+	FASTALEX_FUZZ=long OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 --dist loadfile
 
 bench: $(VENV)/installed
 	mkdir -p runs/bench

@@ -66,7 +66,7 @@ def images_and_labels(case: Case) -> tuple[Tensor, Tensor]:
 
 def new_model(variant: str | Variant, dropout: float) -> AlexNet:
     torch.manual_seed(0)
-    return AlexNet(dropout=dropout, variant=variant).to(device())
+    return AlexNet(dropout=dropout, variant=variant).to(device()).to(memory_format=torch.channels_last)
 
 
 def flops(variant: str | Variant, shape: Sequence[int], backward: bool) -> int:
