@@ -33,7 +33,8 @@ def images_and_labels(case: Case) -> tuple[Tensor, Tensor]:
 def new_model(variant: str | Variant, dropout: float) -> AlexNet:
     torch.manual_seed(0)
     with torch.device(device()):
-        return AlexNet(dropout=dropout, variant=variant)
+        model = AlexNet(dropout=dropout, variant=variant)
+    return model.to(memory_format=torch.channels_last)
 
 
 def flops(variant: str | Variant, shape: Sequence[int], backward: bool) -> int:

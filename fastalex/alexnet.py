@@ -241,7 +241,10 @@ class Features(nn.Sequential):
 
 
 def _channels_last(input: Tensor) -> Tensor:
-    return input.contiguous(memory_format=torch.channels_last) if input.dim() == 4 else input
+    """As it is, where torch.vmap hides a batch in it, of which it knows no memory format."""
+    if input.dim() != 4 or torch._C._are_functorch_transforms_active():
+        return input
+    return input.contiguous(memory_format=torch.channels_last)
 
 
 def _is_fusible(stage: list[nn.Module]) -> bool:

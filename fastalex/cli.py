@@ -163,7 +163,8 @@ def train(
                 f"{images.count('train'):,} training pictures of {len(images.classes)} classes, on {where}{processes}"
             )
         torch.manual_seed(chosen.seed)
-        model = AlexNet(len(images.classes), chosen.dropout, variant=chosen.variant).to(where)
+        model = AlexNet(len(images.classes), chosen.dropout, variant=chosen.variant)
+        model = model.to(where).to(memory_format=torch.channels_last)
         bar = ProgressBar(chosen.epochs, images.count("train")) if first else contextlib.nullcontext()
         try:
             with bar as watcher:

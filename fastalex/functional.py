@@ -283,27 +283,33 @@ def _conv2d_geometry(
 ) -> tuple[Tensor, tuple[tuple[int, int], tuple[int, int], tuple[int, int]], int]:
     """The input, (stride, padding, dilation) in numbers, and groups.
 
-    The input is padded here where "same" needs a row or a column more on one side.  The dilation of a single cell is 1:
-    oneDNN dies of some larger ones.
+    The input is padded here where "same" needs a row or a column more on one side, and where oneDNN would die (of a
+    SIGSEGV, in PyTorch 2.14): strided and dilated, with windows that lie wholly in the padding, on one or two columns.
+    The dilation of a single cell is 1, for the same reason.
     """
-    steps, spread = pair(stride, "stride"), pair(dilation, "dilation")
-    window = tuple(weight.shape[2:])
-    if len(window) == 2:
-        spread = tuple(1 if size == 1 and d > 0 else d for size, d in zip(window, spread, strict=True))  # type: ignore
-    if not isinstance(padding, str):
-        return input, (steps, pair(padding, "padding"), spread), operator.index(groups)
-    if padding == "valid":
-        return input, (steps, (0, 0), spread), operator.index(groups)
-    if padding != "same":
+    steps, spread, groups = pair(stride, "stride"), pair(dilation, "dilation"), operator.index(groups)
+    text = padding if isinstance(padding, str) else None
+    if text not in (None, "same", "valid"):
         raise ValueError(f'padding must be "valid", "same" or numbers, got {padding!r}')
-    if steps != (1, 1):
+    if text == "same" and steps != (1, 1):
         raise ValueError(f'padding="same" needs stride 1, got {steps}')
-    if len(window) != 2 or input.dim() != 4:
-        return input, (steps, (0, 0), spread), operator.index(groups)  # to be refused
-    total = [d * (size - 1) for size, d in zip(window, spread, strict=True)]
-    if total[0] % 2 or total[1] % 2:
-        input = nn.functional.pad(input, (0, total[1] % 2, 0, total[0] % 2))
-    return input, (steps, (total[0] // 2, total[1] // 2), spread), operator.index(groups)
+    border = (0, 0) if text is not None else pair(padding, "padding")  # type: ignore[arg-type]
+    window = weight.shape[2:]
+    if len(window) != 2 or input.dim() != 4 or min(*steps, *spread) < 1 or min(border) < 0:
+        return input, (steps, border, spread), groups  # to be refused
+    spread = tuple(1 if size == 1 else d for size, d in zip(window, spread, strict=True))  # type: ignore[assignment]
+    reach = [d * (size - 1) for size, d in zip(window, spread, strict=True)]
+    before, after = [0, 0], [0, 0]
+    if text == "same":
+        border, after = (reach[0] // 2, reach[1] // 2), [reach[0] % 2, reach[1] % 2]
+    else:
+        for i in (0, 1):
+            if steps[i] > 1 and spread[i] > 1 and border[i] > reach[i]:
+                before[i] = after[i] = border[i]
+        border = border[0] - before[0], border[1] - before[1]
+    if any(before) or any(after):
+        input = nn.functional.pad(input, (before[1], after[1], before[0], after[0]))
+    return input, (steps, border, spread), groups
 
 
 def _shape(tensor: Tensor) -> tuple[int, ...]:

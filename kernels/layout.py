@@ -29,13 +29,30 @@ def dense(x: Tensor) -> Tensor:
     otherwise (sliced, transposed, expanded) a packed copy in the nearer layout.
 
     The operators bring all their tensors here, weights, biases and gradients too.  Nearer: channels last if no
-    dimension of more than one element has a smaller stride than the channels.
+    dimension of more than one element has a smaller stride than the channels.  Dimensions of one element, whose
+    strides mean nothing, have those of packed memory: PyTorch's own convolutions look at them.
     """
-    if x.is_contiguous() or is_channels_last(x):
-        return x
+    if x.is_contiguous():
+        return _with_strides(x)
+    if is_channels_last(x):
+        if 1 not in x.shape:
+            return x
+        return _with_strides(x.movedim(1, -1)).movedim(-1, 1)
     if _channels_are_innermost(x):
         return x.movedim(1, -1).contiguous().movedim(-1, 1)
     return x.contiguous()
+
+
+def _with_strides(x: Tensor) -> Tensor:
+    """A contiguous x, with the strides that a new tensor of its shape has."""
+    if 1 not in x.shape:
+        return x
+    strides, size = [], 1
+    for length in reversed(x.shape):
+        strides.append(size)
+        size *= max(1, length)
+    strides.reverse()
+    return x if x.stride() == tuple(strides) else x.as_strided(x.shape, strides)
 
 
 def _channels_are_innermost(x: Tensor) -> bool:

@@ -279,10 +279,10 @@ def pack(
 ) -> Packed:
     """Pack the pictures of a folder (see `fastalex.data.sources.find`) into the new folder `target`.
 
-    size: height and width of the records, by default 256, and 32 for CIFAR-10.  workers: processes, 0 for this
-    one, by default one per core.  on_error: "stop" at the first picture that cannot be read, or "skip" it and list it.  A run that was
-    stopped or killed goes on from its last chunks when it is called again; the result is the same, bit for bit, as
-    is that of any number of workers.  If `target` holds the same set already, nothing is done.
+    size: height and width of the records, by default 256, and 32 for CIFAR-10. workers: processes, 0 for this one,
+    by default one per core. on_error: "stop" at the first picture that cannot be read, or "skip" it and list it. A
+    run that was stopped or killed goes on from its last chunks when it is called again; the result is the same, bit
+    for bit, as is that of any number of workers. If `target` holds the same set already, nothing is done.
 
     Raises FileNotFoundError, OSError (a full disk), or ValueError: nothing to pack, a picture that cannot be read,
     another set in `target`, another process at work.

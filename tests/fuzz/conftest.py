@@ -1,4 +1,5 @@
-"""How long the fuzzing takes: "fast" is a minute on one core, "long" twenty; FASTALEX_FUZZ chooses.
+"""How long the fuzzing takes; FASTALEX_FUZZ chooses.  "fast": a minute on one core, "long": twenty, "once": as "fast",
+and without shrinking what fails.
 
     FASTALEX_FUZZ=long python -m pytest tests/fuzz --hypothesis-seed=7
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
-FACTOR = {"fast": 1, "once": 1, "long": 26}
+FACTOR = {"fast": 1, "once": 1, "long": 20}
 
 
 def examples(count: int) -> Callable:

@@ -94,28 +94,30 @@ def drawn(tensors, shape, weight_shape, dtype):
 
 
 @pytest.mark.parametrize("mode", MODES)
-@examples(100)
+@examples(45)
 @given(st.data())
 def test_conv2d_relu(mode, data):
     dtype, (shape, weight_shape, geometry) = data.draw(dtypes(mode)), data.draw(convolutions())
     inputs, grad = drawn(data.draw(tensors), shape, weight_shape, dtype)
-    plain = dict(geometry)
-    # torch's own dilation of a single cell kills the process in oneDNN
-    plain["dilation"] = F._conv2d_geometry(*inputs[:2], **{**geometry, "stride": 1})[1][2]
+
+    def theirs(x, w, b):
+        # as torch computes it without dying; pictures without a batch are none to the geometry
+        single = x.dim() == 3
+        x, geometry_, groups = F._conv2d_geometry(x[None] if single else x, w, *arguments)
+        y = TF.conv2d(x, w, b, *geometry_, groups).relu()
+        return y[0] if single else y
+
+    arguments = [geometry[name] for name in ("stride", "padding", "dilation", "groups")]
 
     def check():
         with backend.use(mode):
-            compare(
-                lambda x, w, b: F.conv2d_relu(x, w, b, **geometry),
-                lambda x, w, b: TF.relu(TF.conv2d(x, w, b, **plain)),
-                inputs, grad, dtype,
-            )  # fmt: skip
+            compare(lambda x, w, b: F.conv2d_relu(x, w, b, **geometry), theirs, inputs, grad, dtype)
 
     forked(check)
 
 
 @pytest.mark.parametrize("mode", MODES)
-@examples(60)
+@examples(30)
 @given(st.data())
 def test_linear_relu(mode, data):
     dtype, (features, inputs) = data.draw(dtypes(mode)), data.draw(st.tuples(st.integers(1, 9), st.integers(0, 20)))
@@ -153,7 +155,7 @@ def maps(draw, smallest=1):
 
 
 @pytest.mark.parametrize("mode", MODES)
-@examples(150)
+@examples(60)
 @given(st.data())
 def test_max_pool2d(mode, data):
     dtype, shape, arguments = data.draw(dtypes(mode)), data.draw(maps()), data.draw(windows())
@@ -185,7 +187,7 @@ norms = st.fixed_dictionaries(
 
 
 @pytest.mark.parametrize("mode", MODES)
-@examples(100)
+@examples(45)
 @given(st.data())
 def test_local_response_norm(mode, data):
     dtype, shape, norm = data.draw(dtypes(mode)), data.draw(maps()), data.draw(norms)
@@ -202,7 +204,7 @@ def test_local_response_norm(mode, data):
 
 
 @pytest.mark.parametrize("mode", MODES)
-@examples(80)
+@examples(35)
 @given(st.data())
 def test_lrn_max_pool2d(mode, data):
     """Against the two operations apart: which of two nearly equal values is the larger is for rounding to say."""
@@ -219,7 +221,7 @@ def test_lrn_max_pool2d(mode, data):
 
 
 @pytest.mark.parametrize("mode", MODES)
-@examples(100)
+@examples(45)
 @given(st.data())
 def test_stage(mode, data):
     dtype, (shape, weight_shape, geometry) = data.draw(dtypes(mode)), data.draw(convolutions())

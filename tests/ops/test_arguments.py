@@ -286,3 +286,27 @@ def test_gradients_beside_nan_stay_zero_where_the_relu_was():
     for a, b in zip(got, wanted, strict=True):
         torch.testing.assert_close(a, b, equal_nan=True, rtol=1e-4, atol=1e-4)
     assert got[1][4] == 0
+
+
+def test_windows_wholly_in_the_padding(mode):
+    """Strided and dilated on one column: oneDNN dies of it."""
+    for shape, window, groups, stride, padding, dilation in (
+        ((1, 18, 14, 1), (5, 2), 3, (4, 4), (3, 3), (1, 2)),
+        ((2, 5, 3, 1), (2, 2), 1, (2, 2), (1, 3), (3, 2)),
+        ((2, 3, 1, 6), (2, 4), 1, (2, 2), (5, 0), (2, 1)),
+    ):
+        x, weight, bias = torch.randn(shape), torch.randn(6, shape[1] // groups, *window), torch.randn(6)
+        x = x.to(memory_format=torch.channels_last).requires_grad_()
+        got = F.conv2d_relu(x, weight, bias, stride, padding, dilation, groups)
+        wide = TF.conv2d(x.double(), weight.double(), bias.double(), stride, padding, dilation, groups).relu()
+        torch.testing.assert_close(got.double(), wide, rtol=1e-4, atol=1e-4)
+        grads = [torch.autograd.grad(y.sum(), x)[0] for y in (got, wide)]
+        torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-4)
+
+
+def test_strides_of_single_rows(mode):
+    """A packed weight whose dimensions of one element have other strides than a new tensor's."""
+    x = torch.randn(1, 2, 4, 4).to(memory_format=torch.channels_last)
+    weight = torch.randn(2, 1, 2, 1).permute(3, 2, 1, 0).requires_grad_()
+    assert weight.shape == (1, 2, 1, 2)
+    compare(F.conv2d_relu, lambda x, w: TF.conv2d(x, w.contiguous()).relu(), [x, weight])
