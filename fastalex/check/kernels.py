@@ -66,7 +66,8 @@ def equal(first: Sequence[Tensor], second: Sequence[Tensor]) -> bool:
 @contextlib.contextmanager
 def portable() -> Iterator[None]:
     """Within the block the kernels run without inline PTX."""
-    modules = [importlib.import_module(f"fastalex.kernels.{name}") for name in ("lrn", "max_pool", "lrn_max_pool")]
+    names = ("lrn", "max_pool", "lrn_max_pool")
+    modules: list[Any] = [importlib.import_module(f"fastalex.kernels.{name}") for name in names]
     before = [module.use_asm for module in modules]
     for module in modules:
         module.use_asm = lambda: False

@@ -51,6 +51,7 @@ def network(variant: Variant, context: Context, dropout: float = 0.0) -> AlexNet
         for module in model.modules():
             if isinstance(module, nn.Conv2d | nn.Linear):
                 nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
+                assert module.bias is not None
                 nn.init.normal_(module.bias, 0.0, 0.1)
     return model
 

@@ -104,24 +104,22 @@ def report(lines: Sequence[Row], identity: Row) -> str:
     """Everything, as Markdown."""
     out = ["# fastalex check", "", ", ".join(f"{key} {value}" for key, value in identity.items()), ""]
     for row in iterate_rows(lines, "times", "machine"):
-        told = {
-            k: v for k, v in row.items() if k not in ("phase", "stage", "item", "process", "state", "seconds", "at")
-        }
+        told = {k: v for k, v in row.items() if k not in ("phase", "stage", "item", "process", "state", "seconds", "at")}
         out.append(f"- {row['item']}: " + ", ".join(f"{key} {value}" for key, value in told.items()))
-    told = [line for line in lines if line.get("state") == "kernels"]
-    compiled, cached = (sum(line[key] for line in told) for key in ("compiled", "cached"))
+    processes = [line for line in lines if line.get("state") == "kernels"]
+    compiled, cached = (sum(line[key] for line in processes) for key in ("compiled", "cached"))
     out.append(f"- kernels: {compiled} compiled, {cached} out of the cache")
-    for title, found in (
+    for title, rows in (
         ("Values", values(lines)),
         ("Bandwidth", bandwidth(lines)),
         ("Models", models(lines)),
         ("Convolutions", convolutions(lines)),
     ):
-        if found:
-            out += ["", f"## {title}", "", *found]
-    found = wrong(lines)
-    out += ["", f"## Wrong: {len(found)}", ""]
-    for row in found:
+        if rows:
+            out += ["", f"## {title}", "", *rows]
+    bad = wrong(lines)
+    out += ["", f"## Wrong: {len(bad)}", ""]
+    for row in bad:
         why = row.get("error") if row["state"] == "failed" else None
         told = {k: row[k] for k in ("error", "of_bound", "repeats", "portable_equal", "worst", "why") if k in row}
         out.append(f"- {row['stage']}: {row['item']}: {why or told}")

@@ -246,7 +246,8 @@ class Child:
 
 def watch(children: Sequence[Child], most: int, stop_at: float) -> bool:
     """Run the processes, `most` at a time; False if the time was over before all had ended."""
-    waiting, running = list(children), []
+    waiting = list(children)
+    running: list[Child] = []
     while waiting or running:
         if time.monotonic() > stop_at:
             for child in running:
