@@ -8,6 +8,10 @@ from typing import Any
 from fastalex.check.runner import Row, iterate_rows
 
 
+# Of a row, what says where it comes from.
+BOOKKEEPING = ("phase", "stage", "item", "process", "state", "seconds", "at")
+
+
 def is_wrong(row: Row) -> bool:
     return row["state"] == "failed" or any(row.get(key) is False for key in ("ok", "repeats", "portable_equal"))
 
@@ -104,7 +108,7 @@ def report(lines: Sequence[Row], identity: Row) -> str:
     """Everything, as Markdown."""
     out = ["# fastalex check", "", ", ".join(f"{key} {value}" for key, value in identity.items()), ""]
     for row in iterate_rows(lines, "times", "machine"):
-        told = {k: v for k, v in row.items() if k not in ("phase", "stage", "item", "process", "state", "seconds", "at")}
+        told = {key: value for key, value in row.items() if key not in BOOKKEEPING}
         out.append(f"- {row['item']}: " + ", ".join(f"{key} {value}" for key, value in told.items()))
     processes = [line for line in lines if line.get("state") == "kernels"]
     compiled, cached = (sum(line[key] for line in processes) for key in ("compiled", "cached"))
