@@ -7,7 +7,6 @@ from typing import Any
 
 from fastalex.check.runner import Row, iterate_rows
 
-
 # Of a row, what says where it comes from.
 BOOKKEEPING = ("phase", "stage", "item", "process", "state", "seconds", "at")
 
