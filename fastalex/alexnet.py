@@ -30,6 +30,9 @@ from fastalex.nn import (
     is_traced,
 )
 
+# height and width of pictures, as `fastalex pack` has it
+LARGEST = 4096
+
 
 @dataclass(frozen=True)
 class Conv:
@@ -50,7 +53,7 @@ class Conv:
         """Raises ValueError, naming the field, for a value that makes no layer."""
         for name in ("channels", "kernel_size", "stride", "groups", "pool_stride"):
             fields.whole(name, getattr(self, name))
-        fields.whole("padding", self.padding, 0)
+        fields.whole("padding", self.padding, 0, self.kernel_size)
         if self.pool is not None:
             fields.whole("pool", self.pool)
         if self.norm is not None:
@@ -98,9 +101,10 @@ class Variant:
             raise ValueError(f"name must be a text, got {self.name!r}")
         if not isinstance(self.convs, tuple) or not self.convs or not all(isinstance(c, Conv) for c in self.convs):
             raise ValueError(f"convs must be a tuple of one Conv or more, got {self.convs!r}")
-        for name in ("crop", "in_channels", "features_size"):
-            fields.whole(name, getattr(self, name))
-        fields.whole("pad_end", self.pad_end, 0)
+        fields.whole("crop", self.crop, most=LARGEST)
+        fields.whole("features_size", self.features_size, most=LARGEST)
+        fields.whole("in_channels", self.in_channels)
+        fields.whole("pad_end", self.pad_end, 0, self.crop)
         fields.one_of("relu", self.relu, "first", "last")
         fields.one_of("init", self.init, "normal", "torch")
         fields.one_of("pool_first", self.pool_first, False, True)
@@ -472,6 +476,7 @@ def alexnet(
     classes = last.shape[0]
     if kwargs.setdefault("num_classes", classes) != classes:
         raise ValueError(f"num_classes is {kwargs['num_classes']}, but the weights {weights} have {classes} classes")
+    check_shapes(state, wanted, classes, weights)
     model = AlexNet(variant=wanted, **kwargs)
     try:
         model.load_state_dict(state)
@@ -499,7 +504,8 @@ def load_weights(weights: Any, *, progress: bool = True) -> tuple[dict[str, Tens
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # whatever PyTorch trips over in foreign bytes
-        reason = " ".join(str(error).split()) or type(error).__name__
+        # PyTorch's advice, to trust the file, comes first
+        reason = " ".join(str(error).rpartition("WeightsUnpickler error:")[2].split()) or type(error).__name__
         raise ValueError(
             f"{path} holds no weights that PyTorch reads with weights_only=True: {reason[:300]}"
         ) from error
@@ -577,6 +583,23 @@ def _load_safetensors(path: Path) -> tuple[dict[str, Tensor], Variant | str | No
         except (KeyError, TypeError, ValueError, RecursionError) as error:
             raise ValueError(f"{path}: its description of the model is damaged: {error}") from None
     return state, metadata.get("variant")
+
+
+def check_shapes(state: Mapping[str, Tensor], variant: Variant, classes: int, where: object) -> None:
+    """Raises ValueError unless the variant's parameters have these names and shapes; needs no memory for them.
+
+    A description in a file can ask for any amount.
+    """
+    with torch.device("meta"):
+        wanted = AlexNet(classes, variant=replace(variant, init="torch")).state_dict()
+    for name, value in wanted.items():
+        if name not in state:
+            raise ValueError(f'the weights {where} lack {name}, which variant "{variant.name}" has')
+        if state[name].shape != value.shape:
+            raise ValueError(
+                f"{name} is {tuple(state[name].shape)} in the weights {where}, "
+                f'variant "{variant.name}" has {tuple(value.shape)}'
+            )
 
 
 def fitting_variants(state: Mapping[str, Tensor]) -> list[str]:

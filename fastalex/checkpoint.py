@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from fastalex import fields
-from fastalex.alexnet import METADATA_KEY, AlexNet, Variant
+from fastalex.alexnet import METADATA_KEY, AlexNet, Variant, check_shapes
 from fastalex.data.preprocessing import Preprocessing
 from fastalex.files import replacing
 
@@ -103,6 +103,7 @@ def load_model(path: Path) -> tuple[AlexNet, ModelCard]:
         )
     try:
         card = ModelCard.from_json(metadata[METADATA_KEY])
+        check_shapes(weights, card.variant, len(card.classes), path)
         model = card.build()
         model.load_state_dict(weights)
     except (KeyError, TypeError, ValueError, RuntimeError, ArithmeticError, MemoryError) as error:

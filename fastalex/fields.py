@@ -8,10 +8,12 @@ from collections.abc import Mapping
 from typing import Any
 
 
-def whole(name: str, value: Any, least: int = 1) -> None:
-    """Raises ValueError unless the value is an int of at least `least`."""
+def whole(name: str, value: Any, least: int = 1, most: int = 2**24) -> None:
+    """Raises ValueError unless the value is an int in [least, most]."""
     if not isinstance(value, int) or isinstance(value, bool) or value < least:
         raise ValueError(f"{name} must be a whole number of at least {least}, got {value!r}")
+    if value > most:
+        raise ValueError(f"{name} must be at most {most}, got {value}")
 
 
 def number(name: str, value: Any, least: float = -math.inf) -> None:

@@ -10,6 +10,8 @@ from torch import Tensor
 
 from fastalex import fields
 
+LARGEST = 4096  # height and width of an input
+
 
 class Colours(NamedTuple):
     """Principal components of the RGB values of a set's pixels, in [0, 1], the largest first.
@@ -38,8 +40,8 @@ class Preprocessing:
     def __post_init__(self) -> None:
         """Raises ValueError, naming the field, for a value that makes no input."""
         fields.one_of("channels", self.channels, 1, 3)
-        fields.whole("resize", self.resize)
-        fields.whole("crop", self.crop)
+        fields.whole("resize", self.resize, most=2 * LARGEST)
+        fields.whole("crop", self.crop, most=LARGEST)
         if self.crop > self.resize:
             raise ValueError(f"crop must be at most resize, {self.resize}, got {self.crop}")
         for name in ("mean", "std"):
