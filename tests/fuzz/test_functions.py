@@ -21,6 +21,19 @@ pairs = lambda low, high: st.one_of(  # noqa: E731
 )
 
 
+@pytest.fixture(scope="module", autouse=True)
+def imported():
+    """Everything is called once before children are forked, which would import and compile it each for themselves."""
+    x, weight = torch.randn(1, 8, 7, 7, requires_grad=True), torch.randn(8, 8, 3, 3, requires_grad=True)
+    for mode in MODES:
+        with backend.use(mode):
+            for norm in (None, F.ResponseNorm(5)):
+                F.conv2d_relu_max_pool2d(x, weight, norm=norm).sum().backward()
+            (
+                F.conv2d_relu(x, weight).sum() + F.linear_relu_dropout(x, weight[0, 0, :, :1].expand(3, 7), p=0.0).sum()
+            ).backward()
+
+
 def dtypes(mode):
     return st.sampled_from(DTYPES if mode == "auto" else DTYPES[:3])
 
