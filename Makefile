@@ -12,7 +12,7 @@ OLDEST_VERSIONS := torch==2.11.* triton==3.6.* torchvision==0.26.* 'numpy>=2.4'
 help:
 	@echo "make demo      train a small AlexNet on real pictures and show what it learnt (results in runs/demo)"
 	@echo "make test      the fast tests, on the CPU"
-	@echo "make test-all  all tests"
+	@echo "make test-all  all tests, and twenty minutes of fuzzing"
 	@echo "make test-oldest  the fast tests with the oldest PyTorch and Triton that are supported, in $(OLDEST)"
 	@echo "make bench     timings against PyTorch (results in runs/bench)"
 	@echo "make kernel-table  machine code and traffic of the kernels: docs/kernels.md, tests/kernels/baseline.json"
@@ -35,7 +35,7 @@ test: $(VENV)/installed
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 --dist loadfile -m "not slow"
 
 test-all: $(VENV)/installed
-	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 --dist loadfile
+	FASTALEX_FUZZ=long OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 --dist loadfile
 
 $(OLDEST)/installed: pyproject.toml Makefile
 	$(PYTHON) -m venv $(OLDEST)

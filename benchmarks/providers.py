@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.util
 import os
 import shutil
 import tempfile
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,16 +19,23 @@ import torch._functorch.config
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.harness import DTYPES, Case, Expected, Race, Run, captured, device, tf32
+from benchmarks.harness import DTYPES, Case, Expected, NotApplicable, Race, Run, device, tf32
+from fastalex import dispatch, timing
 
 # Of an operation.  Without a suffix, memory is channels_last.
 OPERATION = ("fastalex", "fastalex-nchw", "eager", "eager-nchw", "compile", "compile-max-autotune")
 MODEL = (*OPERATION, "fastalex-graph", "tensorrt", "onnxruntime", "openvino")
-TRAINING = ("fastalex", "eager", "eager-nchw", "compile", "compile-max-autotune")
+TRAINING = ("fastalex", "fastalex-graph", "eager", "eager-nchw", "compile", "compile-max-autotune")
+# of whole models, without `--long`
+QUICK = ("fastalex", "fastalex-graph", "eager", "compile")
 
 # The largest error of a correct result, relative to its largest element.  In half precision eager rounds after each of
 # some ten operations, and it is no error to be timed for that.
 TOLERANCE = {"fp32": 1e-5, "tf32": 5e-3, "fp16": 1e-2, "bf16": 6e-2}
+# Where there are convolutions.  A library may take Winograd's F(4x4, 3x3) for them: of 64,000 elements, sums of 9 x 384
+# random products in simulated fp32, the worst differed by 1.7e-5 of the largest, and a layer has 100 times as many.
+# The weight gradient of conv1 adds 387,200 products in any order: sqrt(387200) * 2**-24 = 3.7e-5.
+CONVOLUTION = {**TOLERANCE, "fp32": 1e-4}
 # The share of gradients that may go to another cell of a pooling window, because its value is equal up to rounding.
 ALMOST_TIES = {"fp32": 1e-4, "tf32": 1e-2, "fp16": 2e-2, "bf16": 1e-1}
 
@@ -40,9 +48,10 @@ def unavailable(provider: str, where: str, dtype: str) -> str | None:
         "tensorrt": ("tensorrt", "onnx"),
         "onnxruntime": ("onnxruntime", "onnx"),
         "openvino": ("openvino",),
+        "torchvision": ("torchvision", "PIL"),
     }
     if where == "cpu":
-        if provider in ("tensorrt", "fastalex-graph", "compile-max-autotune"):
+        if provider in ("tensorrt", "fastalex-graph", "compile-max-autotune", *FORCED):
             return NO_GPU
         if provider == "compile" and shutil.which(os.environ.get("CXX", "g++")) is None:
             return "torch.compile needs a C++ compiler here"
@@ -60,11 +69,13 @@ def entries(
     names: Sequence[str],
     cpu_compile: Sequence[Case] = (),
     cpu_long: Sequence[Case] = (),
+    cuda_quick: Callable[[Case], Sequence[str]] = lambda case: (),
 ) -> pytest.MarkDecorator:
     """Parameters (case, provider): the cases of this machine for every provider, the others as skipped.
 
     cpu_compile: the cases in which torch.compile takes part on a CPU, where it compiles for about 10 s.
     cpu_long: further cases for a CPU, with torch.compile, that `--long` asks for.
+    cuda_quick: the providers of a case that a GPU measures without `--long`.
     """
     here = cuda if device() == "cuda" else [*cpu, *cpu_long]
     elsewhere = [case for case in cuda if case not in here]
@@ -75,7 +86,7 @@ def entries(
             if device() == "cpu" and name == "compile" and case not in (*cpu_compile, *cpu_long):
                 continue
             marks = [pytest.mark.skip(reason=f"{name}: {reason}")] if reason else []
-            if device() == "cpu" and case in cpu_long:
+            if case in cpu_long if device() == "cpu" else name not in cuda_quick(case):
                 marks.append(pytest.mark.long)
             out.append(pytest.param(case, name, id=f"{case}-{name}", marks=marks))
     for case in elsewhere:
@@ -83,13 +94,24 @@ def entries(
     return pytest.mark.parametrize(("case", "provider"), out)
 
 
+def half_at_128(case: Case) -> Sequence[str]:
+    """The providers that take part in an operation's case without `--long`."""
+    quick = (case.shape[0], case.dtype) == (128, "fp16") and case.passes in ("forward", "both")
+    return ("fastalex", "eager", "eager-nchw") if quick else ()
+
+
 def layout_of(name: str) -> torch.memory_format:
     return torch.contiguous_format if name.endswith("nchw") else torch.channels_last
 
 
 def placed(tensor: Tensor, name: str) -> Tensor:
-    """The tensor in the memory format of a provider."""
-    return tensor.contiguous(memory_format=layout_of(name)) if tensor.dim() == 4 else tensor
+    """A copy in the memory format of a provider, whose memory is counted whole."""
+    return tensor.clone(memory_format=layout_of(name) if tensor.dim() == 4 else torch.contiguous_format)
+
+
+def normal(*shape: int, seed: int = 0) -> Tensor:
+    """Random numbers, made on the device."""
+    return torch.randn(shape, generator=torch.Generator(device()).manual_seed(seed), device=device())
 
 
 def compiled(function: Callable[..., Any], name: str, cudagraphs: bool = False) -> Callable[..., Any]:
@@ -140,6 +162,7 @@ def operation_race(
     eager: Callable[..., Tensor],
     reference: Callable[..., Tensor],
     bytes: Callable[[int, int], int] = lambda inputs, output: 0,
+    tolerance: Mapping[str, float] = TOLERANCE,
     almost_ties: bool = False,
 ) -> Race:
     """The race of one operation.
@@ -147,27 +170,25 @@ def operation_race(
     inputs: float32 tensors; they are rounded to the case's dtype, and every provider and the reference start from
     the rounded ones.  bytes(bytes of all inputs, bytes of the output): what must be moved.
     """
-    where = device()
     dtype = DTYPES[case.dtype]
-    given = [tensor.to(dtype) for tensor in inputs]
+    given = [tensor.to(device(), dtype) for tensor in inputs]
     wide = torch.float64 if dtype == torch.float32 else torch.float32
     with torch.device("meta"):
         output = eager(*(torch.empty(t.shape, dtype=dtype) for t in given))
-    grad = torch.randn(output.shape, generator=torch.Generator().manual_seed(1)).to(dtype)
+    grad = normal(*output.shape, seed=1).to(dtype)
 
     def build(name: str) -> Run:
         function = ours if name.startswith("fastalex") else eager
         if name.startswith("compile"):
             function = compiled(eager, name)
-        # each provider has its own, so that its memory is counted whole
-        return passes(function, [placed(t.to(where), name) for t in given], placed(grad.to(where), name), case.passes)
+        return passes(function, [placed(t, name) for t in given], placed(grad, name), case.passes)
 
     def expected() -> Expected:
         with tf32("fp32"):
-            exact = passes(reference, [t.to(where, wide) for t in given], grad.to(where, wide), case.passes)()
+            exact = passes(reference, [t.to(wide) for t in given], grad.to(wide), case.passes)()
         tensors = exact if isinstance(exact, tuple) else (exact,)
         ties = ALMOST_TIES[case.dtype] if almost_ties and case.passes != "forward" else 0.0
-        return Expected(tensors, TOLERANCE[case.dtype], ties)
+        return Expected(tensors, tolerance[case.dtype], ties)
 
     def flops() -> int:
         with torch.device("meta"), FlopCounterMode(display=False) as counter:
@@ -180,7 +201,39 @@ def operation_race(
         expected,
         bytes=bytes(sum(t.nbytes for t in given), output.nbytes),
         flops=flops(),
+        within=forced,
     )
+
+
+FORCED = ("fastalex-batch_tiled", "fastalex-descriptors", "fastalex-spatial", "fastalex-split_k")
+
+
+@contextlib.contextmanager
+def forced(name: str) -> Iterator[None]:
+    """Within the block one of `FORCED` has our Triton convolution in that form, and our kernels for its gradients.
+
+    Raises NotApplicable out of the block where that form takes no such convolution.
+    """
+    if name not in FORCED:
+        yield
+        return
+    form = name.removeprefix("fastalex-")
+    kernels = ("triton_descriptors", "triton") if form == "descriptors" else ("triton",)
+    blocks = ("space_to_depth_descriptors", "space_to_depth_triton")[-len(kernels) :]
+    with contextlib.ExitStack() as stack:
+        for operation, names in (
+            ("conv2d_relu", (f"space_to_depth_{form}", f"triton_{form}")),
+            # the library's for the pictures' gradient, which nobody needs
+            ("conv2d_input_grad", (*kernels, "library")),
+            ("conv2d_weight_grad", (*blocks, *kernels)),
+        ):
+            stack.enter_context(dispatch.force(operation, *names))
+        try:
+            yield
+        except RuntimeError as error:
+            if "no forced candidate can run" in str(error):
+                raise NotApplicable(str(error)) from None
+            raise
 
 
 # ---------------------------------------------------------------------------------------------------------- engines
@@ -276,13 +329,10 @@ def tensorrt_run(model: nn.Sequential, images: Tensor, dtype: str) -> Run:
 
 def graphed(run: Run) -> Run:
     """A CUDA graph of the run, as somebody would deploy it; its result lies where the capture left it."""
-    out: list[Any] = []
-    graph = captured(lambda: out.append(run()))
-    if graph is None:
-        raise RuntimeError("the run cannot be captured in a CUDA graph")
+    graph, out = timing.capture(run)
 
     def replay() -> Any:
         graph.replay()
-        return out[-1]
+        return out
 
     return replay

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from benchmarks.harness import Case, Race
 from benchmarks.models import inference_race, training_race
-from benchmarks.providers import MODEL, TRAINING, entries
+from benchmarks.providers import MODEL, QUICK, TRAINING, entries
 from fastalex.alexnet import TORCHVISION, Conv, Variant
 
 BATCHES = (1, 16, 128, 1024)
@@ -33,9 +34,25 @@ INFERENCE_CPU = [
 INFERENCE_CPU_LONG = cases("inference", ("fp32", "bf16"), (32,), "paper")
 
 
-@entries(INFERENCE_CPU, INFERENCE_CUDA, MODEL, cpu_compile=INFERENCE_CPU[1:2], cpu_long=INFERENCE_CPU_LONG)
+def quick_inference(case: Case) -> Sequence[str]:
+    quick = case.layer in ("paper", "torchvision") and case.dtype == "fp16" and case.shape[0] in (1, 128)
+    return QUICK if quick else ()
+
+
+def prepare_inference(case: Case, names: list[str]) -> Race:
+    return inference_race(case, names, case.layer)
+
+
+@entries(
+    INFERENCE_CPU,
+    INFERENCE_CUDA,
+    MODEL,
+    cpu_compile=INFERENCE_CPU[1:2],
+    cpu_long=INFERENCE_CPU_LONG,
+    cuda_quick=quick_inference,
+)
 def test_inference(case: Case, provider: str, contest: Any) -> None:
-    contest(case, provider, lambda case, names: inference_race(case, names, case.layer))
+    contest(case, provider, prepare_inference)
 
 
 TRAINING_CUDA = [
@@ -47,9 +64,21 @@ TRAINING_CPU = cases("step", ("fp32", "bf16"), (8,), "paper")
 TRAINING_CPU_LONG = cases("step", ("fp32", "bf16"), (32,), "paper")
 
 
-@entries(TRAINING_CPU, TRAINING_CUDA, TRAINING, cpu_long=TRAINING_CPU_LONG)
+def quick_step(case: Case) -> Sequence[str]:
+    return QUICK if (case.layer, case.dtype, case.shape[0]) == ("paper", "bf16", 128) else ()
+
+
+def prepare_step(case: Case, names: list[str]) -> Race:
+    return training_race(case, names, case.layer)
+
+
+@entries(TRAINING_CPU, TRAINING_CUDA, TRAINING, cpu_long=TRAINING_CPU_LONG, cuda_quick=quick_step)
 def test_training_step(case: Case, provider: str, contest: Any) -> None:
-    contest(case, provider, lambda case, names: training_race(case, names, case.layer))
+    contest(case, provider, prepare_step)
+
+
+def prepare_convnet_benchmarks(case: Case, names: list[str]) -> Race:
+    return training_race(case, names, TORCHVISION, dropout=0.0, update=False)
 
 
 @entries([], cases("step", ("tf32", "fp16"), (128,)), TRAINING)
@@ -59,11 +88,7 @@ def test_convnet_benchmarks(case: Case, provider: str, contest: Any) -> None:
     The best published time is 71 ms, on a Titan X in fp16.  Its loss was a sum; here it is the cross-entropy, a
     thousandth of the work.
     """
-
-    def prepare(case: Case, names: list[str]) -> Race:
-        return training_race(case, names, TORCHVISION, dropout=0.0, update=False)
-
-    contest(case, provider, prepare)
+    contest(case, provider, prepare_convnet_benchmarks)
 
 
 # One column without groups or normalisation.
@@ -80,22 +105,39 @@ KERNELBENCH = Variant(
 )
 
 
-@entries([], cases("inference", ("fp32", "tf32", "fp16"), (1024,)), MODEL)
+def quick_kernelbench(case: Case) -> Sequence[str]:
+    """With max-autotune once, which compiles for minutes."""
+    return {"tf32": ("fastalex", "eager", "compile"), "fp16": (*QUICK, "compile-max-autotune")}.get(case.dtype, ())
+
+
+def prepare_kernelbench(case: Case, names: list[str]) -> Race:
+    return inference_race(case, names, KERNELBENCH)
+
+
+@entries([], cases("inference", ("fp32", "tf32", "fp16"), (1024,)), MODEL, cuda_quick=quick_kernelbench)
 def test_kernelbench_level3_problem5(case: Case, provider: str, contest: Any) -> None:
     """ScalingIntelligence/KernelBench, level 3, problem 5: 1024x3x224x224, inference.
 
     Published for an H100: 23.7 ms eager, 16.7 ms compiled.
     """
-    contest(case, provider, lambda case, names: inference_race(case, names, KERNELBENCH))
+    contest(case, provider, prepare_kernelbench)
+
+
+def prepare_torchvision_inference(case: Case, names: list[str]) -> Race:
+    return inference_race(case, names, TORCHVISION)
 
 
 @entries([], cases("inference", ("tf32", "fp16"), (256,)), MODEL)
 def test_torchvision_batch256_inference(case: Case, provider: str, contest: Any) -> None:
     """torchvision.models.alexnet at batch 256."""
-    contest(case, provider, lambda case, names: inference_race(case, names, TORCHVISION))
+    contest(case, provider, prepare_torchvision_inference)
+
+
+def prepare_torchvision_step(case: Case, names: list[str]) -> Race:
+    return training_race(case, names, TORCHVISION)
 
 
 @entries([], cases("step", ("tf32", "bf16"), (256,)), TRAINING)
 def test_torchvision_batch256_training_step(case: Case, provider: str, contest: Any) -> None:
     """torchvision.models.alexnet at batch 256, a step of its training."""
-    contest(case, provider, lambda case, names: training_race(case, names, TORCHVISION))
+    contest(case, provider, prepare_torchvision_step)

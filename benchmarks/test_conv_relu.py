@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.harness import Case, Race
-from benchmarks.providers import OPERATION, entries, far_from_zero, operation_race
+from benchmarks.providers import (
+    CONVOLUTION,
+    FORCED,
+    OPERATION,
+    entries,
+    far_from_zero,
+    half_at_128,
+    normal,
+    operation_race,
+)
 from benchmarks.shapes import conv_layers, matrix
 from fastalex import functional as FF
 from fastalex import reference
@@ -29,9 +38,7 @@ CPU = [
 
 def prepare(case: Case, names: list[str]) -> Race:
     conv, (channels, *_) = LAYERS[case.layer]
-    generator = torch.Generator().manual_seed(0)
     fan_in = channels // conv.groups * conv.kernel_size**2
-    weight = torch.randn(conv.channels, fan_in, generator=generator) / fan_in**0.5
     parameters = (conv.stride, conv.padding, 1, conv.groups)
     # x and weight in, y out; for the gradients those and the gradient of y in, those of x and weight out
     factors = {"forward": (1, 1), "backward": (2, 2), "both": (3, 3)}[case.passes]
@@ -43,17 +50,22 @@ def prepare(case: Case, names: list[str]) -> Race:
         case,
         names,
         inputs=[
-            torch.randn(case.shape, generator=generator),
-            weight.view(conv.channels, channels // conv.groups, conv.kernel_size, conv.kernel_size),
+            normal(*case.shape),
+            normal(conv.channels, channels // conv.groups, *2 * (conv.kernel_size,), seed=2) / fan_in**0.5,
             far_from_zero(conv.channels),
         ],
         ours=lambda x, weight, bias: FF.conv2d_relu(x, weight, bias, *parameters),
         eager=eager,
         reference=lambda x, weight, bias: reference.conv2d_relu(x, weight, bias, *parameters),
         bytes=lambda inputs, output: factors[0] * inputs + factors[1] * output,
+        tolerance=CONVOLUTION,
     )
 
 
-@entries(CPU, CUDA, OPERATION)
+def quick(case: Case) -> Sequence[str]:
+    return half_at_128(case) if case.layer.startswith("paper") else ()
+
+
+@entries(CPU, CUDA, (*OPERATION, *FORCED), cuda_quick=quick)
 def test_conv_relu(case: Case, provider: str, contest: Any) -> None:
     contest(case, provider, prepare)

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 
 from benchmarks.harness import Case, Race
-from benchmarks.providers import entries, far_from_zero, operation_race
+from benchmarks.providers import entries, far_from_zero, half_at_128, normal, operation_race
 from benchmarks.shapes import matrix
 from fastalex import functional as FF
 from fastalex import reference
@@ -24,15 +23,14 @@ CPU = [Case("linear", passes, "fp32", (16, 9216), "fc6") for passes in ("forward
 
 
 def prepare(case: Case, names: list[str]) -> Race:
-    generator = torch.Generator().manual_seed(0)
     features = case.shape[1]
     factors = {"forward": (1, 1), "backward": (2, 2), "both": (3, 3)}[case.passes]
     return operation_race(
         case,
         names,
         inputs=[
-            torch.randn(case.shape, generator=generator),
-            torch.randn(4096, features, generator=generator) / features**0.5,
+            normal(*case.shape),
+            normal(4096, features, seed=2) / features**0.5,
             far_from_zero(4096),
         ],
         ours=lambda x, weight, bias: FF.linear_relu_dropout(x, weight, bias, training=False),
@@ -42,6 +40,6 @@ def prepare(case: Case, names: list[str]) -> Race:
     )
 
 
-@entries(CPU, CUDA, PROVIDERS)
+@entries(CPU, CUDA, PROVIDERS, cuda_quick=half_at_128)
 def test_linear(case: Case, provider: str, contest: Any) -> None:
     contest(case, provider, prepare)

@@ -5,11 +5,10 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 
 from benchmarks.harness import Case, Race
-from benchmarks.providers import OPERATION, entries, operation_race
+from benchmarks.providers import OPERATION, entries, half_at_128, normal, operation_race
 from benchmarks.shapes import NORM, NORM_LAYERS, matrix
 from fastalex import functional as FF
 from fastalex import reference
@@ -33,7 +32,7 @@ def prepare(case: Case, names: list[str]) -> Race:
     return operation_race(
         case,
         names,
-        inputs=[torch.randn(case.shape, generator=torch.Generator().manual_seed(0))],
+        inputs=[normal(*case.shape)],
         ours=lambda x: FF.local_response_norm(x, *NORM),
         eager=lambda x: F.local_response_norm(x, *NORM),
         reference=lambda x: reference.local_response_norm(x, *NORM),
@@ -41,6 +40,6 @@ def prepare(case: Case, names: list[str]) -> Race:
     )
 
 
-@entries(CPU, CUDA, OPERATION, cpu_compile=CPU[1:2], cpu_long=CPU_LONG)
+@entries(CPU, CUDA, OPERATION, cpu_compile=CPU[1:2], cpu_long=CPU_LONG, cuda_quick=half_at_128)
 def test_lrn(case: Case, provider: str, contest: Any) -> None:
     contest(case, provider, prepare)

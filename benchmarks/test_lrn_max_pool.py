@@ -5,12 +5,11 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.harness import DTYPES, Case, Race
-from benchmarks.providers import OPERATION, entries, operation_race
+from benchmarks.providers import OPERATION, entries, half_at_128, normal, operation_race
 from benchmarks.shapes import NORM, NORM_LAYERS, matrix
 from fastalex import functional as FF
 from fastalex import reference
@@ -44,7 +43,7 @@ def prepare(case: Case, names: list[str]) -> Race:
         case,
         names,
         # what a ReLU lets through: with its zeros, `after_relu` would rightly give another gradient than eager's
-        inputs=[torch.randn(case.shape, generator=torch.Generator().manual_seed(0)).abs()],
+        inputs=[normal(*case.shape).abs()],
         ours=lambda x: FF.lrn_max_pool2d(x, *NORM, after_relu=True),
         eager=lambda x: F.max_pool2d(F.local_response_norm(x, *NORM), 3, 2),
         reference=exact,
@@ -53,6 +52,6 @@ def prepare(case: Case, names: list[str]) -> Race:
     )
 
 
-@entries(CPU, CUDA, OPERATION, cpu_compile=CPU[1:2], cpu_long=CPU_LONG)
+@entries(CPU, CUDA, OPERATION, cpu_compile=CPU[1:2], cpu_long=CPU_LONG, cuda_quick=half_at_128)
 def test_lrn_max_pool(case: Case, provider: str, contest: Any) -> None:
     contest(case, provider, prepare)

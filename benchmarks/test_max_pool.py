@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 
 from benchmarks.harness import DTYPES, Case, Race
-from benchmarks.providers import OPERATION, entries, operation_race
+from benchmarks.providers import OPERATION, entries, half_at_128, normal, operation_race
 from benchmarks.shapes import POOL_LAYERS, matrix
 from fastalex import functional as FF
 from fastalex import reference
@@ -32,7 +31,7 @@ def prepare(case: Case, names: list[str]) -> Race:
     return operation_race(
         case,
         names,
-        inputs=[torch.randn(case.shape, generator=torch.Generator().manual_seed(0))],
+        inputs=[normal(*case.shape)],
         ours=lambda x: FF.max_pool2d(x, 3, 2),  # type: ignore[arg-type, return-value]
         eager=lambda x: F.max_pool2d(x, 3, 2),
         reference=lambda x: reference.max_pool2d(x, 3, 2),  # type: ignore[arg-type, return-value]
@@ -40,6 +39,6 @@ def prepare(case: Case, names: list[str]) -> Race:
     )
 
 
-@entries(CPU, CUDA, OPERATION)
+@entries(CPU, CUDA, OPERATION, cuda_quick=half_at_128)
 def test_max_pool(case: Case, provider: str, contest: Any) -> None:
     contest(case, provider, prepare)

@@ -8,19 +8,17 @@ from __future__ import annotations
 
 import json
 import os
-import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from fastalex import fields
 from fastalex import functional as F
-from fastalex.dispatch import is_capturing
 from fastalex.functional import ResponseNorm
-from fastalex.kernels.layout import memory_format
 from fastalex.nn import (
     ConvReLU2d,
     LinearReLUDropout,
@@ -29,8 +27,11 @@ from fastalex.nn import (
     MaxPool2d,
     convolution_of,
     has_hooks,
+    is_traced,
 )
-from fastalex.ops.common import is_watched
+
+# height and width of pictures, as `fastalex pack` has it
+LARGEST = 4096
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,26 @@ class Conv:
     pool_stride: int = 2
     std: float = 0.01  # of the initial weights
     bias: float = 0.0  # initial
+
+    def __post_init__(self) -> None:
+        """Raises ValueError, naming the field, for a value that makes no layer."""
+        for name in ("channels", "kernel_size", "stride", "groups", "pool_stride"):
+            fields.whole(name, getattr(self, name))
+        fields.whole("padding", self.padding, 0, self.kernel_size)
+        if self.pool is not None:
+            fields.whole("pool", self.pool)
+        if self.norm is not None:
+            if not isinstance(self.norm, tuple) or len(self.norm) != len(ResponseNorm._fields):
+                raise ValueError(f"norm must be a ResponseNorm or None, got {self.norm!r}")
+            size, *numbers, groups = self.norm
+            fields.whole("norm.size", size)
+            fields.whole("norm.groups", groups)
+            for name, value in zip(ResponseNorm._fields[1:-1], numbers, strict=True):
+                fields.number(f"norm.{name}", value)
+        fields.number("std", self.std, 0)
+        fields.number("bias", self.bias)
+        if self.channels % self.groups:
+            raise ValueError(f"groups must divide the {self.channels} channels, got {self.groups}")
 
 
 @dataclass(frozen=True)
@@ -74,11 +95,50 @@ class Variant:
     init: str = "normal"
     features_size: int = 6
 
+    def __post_init__(self) -> None:
+        """Raises ValueError, naming the field, for a value that makes no network."""
+        if not isinstance(self.name, str):
+            raise ValueError(f"name must be a text, got {self.name!r}")
+        if not isinstance(self.convs, tuple) or not self.convs or not all(isinstance(c, Conv) for c in self.convs):
+            raise ValueError(f"convs must be a tuple of one Conv or more, got {self.convs!r}")
+        fields.whole("crop", self.crop, most=LARGEST)
+        fields.whole("features_size", self.features_size, most=LARGEST)
+        fields.whole("in_channels", self.in_channels)
+        fields.whole("pad_end", self.pad_end, 0, self.crop)
+        fields.one_of("relu", self.relu, "first", "last")
+        fields.one_of("init", self.init, "normal", "torch")
+        fields.one_of("pool_first", self.pool_first, False, True)
+        fields.one_of("dropout_first", self.dropout_first, False, True)
+        if not isinstance(self.hidden, tuple) or len(self.hidden) != 2:
+            raise ValueError(f"hidden must be two numbers, got {self.hidden!r}")
+        for size in self.hidden:
+            fields.whole("hidden", size)
+        fields.number("hidden_std", self.hidden_std, 0)
+        fields.number("hidden_bias", self.hidden_bias)
+
     @classmethod
-    def from_dict(cls, fields: Mapping[str, Any]) -> Variant:
-        """The variant that `dataclasses.asdict` took apart, also after a trip through JSON."""
-        convs = [Conv(**{**conv, "norm": conv["norm"] and ResponseNorm(*conv["norm"])}) for conv in fields["convs"]]
-        return cls(**{**fields, "convs": tuple(convs), "hidden": tuple(fields["hidden"])})
+    def from_dict(cls, values: Mapping[str, Any]) -> Variant:
+        """The variant that `dataclasses.asdict` took apart, also after a trip through JSON.
+
+        Raises ValueError, naming the field, for one that is missing, unknown or wrong.
+        """
+        found = fields.complete("variant", cls, values)
+        convs = []
+        for i, conv in enumerate(fields.listed("variant.convs", found["convs"])):
+            conv = fields.complete(f"variant.convs[{i}]", Conv, conv)
+            norm = conv["norm"]
+            if norm is not None:
+                norm = fields.listed(f"variant.convs[{i}].norm", norm)
+                conv["norm"] = ResponseNorm(*norm) if len(norm) == len(ResponseNorm._fields) else norm
+            try:
+                convs.append(Conv(**conv))
+            except ValueError as error:
+                raise ValueError(f"variant.convs[{i}].{error}") from None
+        found |= {"convs": tuple(convs), "hidden": fields.listed("variant.hidden", found["hidden"])}
+        try:
+            return cls(**found)
+        except ValueError as error:
+            raise ValueError(f"variant.{error}") from None
 
 
 def _krizhevsky(norm: ResponseNorm, conv1_padding: int, bias: float, std: float = 0.01) -> tuple[Conv, ...]:
@@ -145,7 +205,10 @@ class Features(nn.Sequential):
     """The convolutional part.  Runs conv, ReLU, LRN and pooling of a stage as one node of the autograd graph.
 
     Modules stand where torchvision's stand, with an Identity in the place of each ReLU that is fused into its
-    convolution.  A stage with a hook on one of its modules runs module by module, so that the hook sees its tensors.
+    convolution.  A stage with a hook on one of its modules, or on all modules, runs module by module, so that the hook
+    sees its tensors; so does torch.fx.
+
+    Activations are channels_last.  An image in NCHW is read as it lies: the first weight is brought into that format.
     """
 
     def modules_for(self, input: Tensor) -> list[nn.Module]:
@@ -156,6 +219,8 @@ class Features(nn.Sequential):
         return modules
 
     def forward(self, input: Tensor) -> Tensor:
+        if is_traced(input):
+            return super().forward(input)
         modules = self.modules_for(input)
         i = 0
         while i < len(modules):
@@ -164,8 +229,8 @@ class Features(nn.Sequential):
                 pool: Any = modules[i + 2]
                 weight, geometry = convolution_of(conv, input)
                 input = F.conv2d_relu_max_pool2d(
-                    input,
-                    weight,
+                    input if i == 0 else _channels_last(input),
+                    _channels_last(weight) if i == 0 else weight,
                     conv.bias,
                     *geometry,
                     norm=getattr(pool, "norm", None),
@@ -174,9 +239,16 @@ class Features(nn.Sequential):
                 )
                 i += 3
             else:
-                input = modules[i](input)
+                input = modules[i](_channels_last(input))
                 i += 1
         return input
+
+
+def _channels_last(input: Tensor) -> Tensor:
+    """As it is, where torch.vmap hides a batch in it, of which it knows no memory format."""
+    if input.dim() != 4 or torch._C._are_functorch_transforms_active():
+        return input
+    return input.contiguous(memory_format=torch.channels_last)
 
 
 def _is_fusible(stage: list[nn.Module]) -> bool:
@@ -202,14 +274,10 @@ class AlexNet(nn.Module):
 
     A drop-in for `torchvision.models.AlexNet`: modules `features`, `avgpool`, `classifier` with the same positions and
     parameter names in every variant; with variant="torchvision" its state_dict loads with strict=True.
-    Weights of convolutions lie in channels_last, so activations are channels_last whatever the input is.
+    Activations are channels_last whatever the input is.  Parameters are contiguous as torchvision's; the library brings
+    a convolution's weight into its own order in every call, which `model.to(memory_format=torch.channels_last)` saves.
     Images may also come as `fastalex.kernels.space_to_depth.space_to_depth(images, 4, model.block_padding(H, W))` makes
     them, (N, 48, 57, 57) for both sizes of crop: a data pipeline that normalises can do that in the same pass.
-
-    Inference (evaluation mode, no gradient) multiplies the last feature maps as they lie in memory with a copy of fc6's
-    weight in that order, 75 MB in half precision, made at the first call.  The copy is made again when the weight has
-    changed, and dropped by `train()` and `eval()`: only a change through `weight.data` between two inference calls
-    on a GPU would go unseen.
 
     num_classes: outputs of the last layer.
     dropout: probability of the two dropout layers.
@@ -227,7 +295,6 @@ class AlexNet(nn.Module):
         self.classifier = nn.Sequential(*_classifier_modules(self.variant, num_classes, dropout))
         if self.variant.init == "normal":
             self._initialise()
-        self.features.to(memory_format=torch.channels_last)
 
     def _initialise(self) -> None:
         layers: list[Any] = [m for m in self.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
@@ -238,21 +305,31 @@ class AlexNet(nn.Module):
             nn.init.constant_(layer.bias, bias)
 
     def forward(self, input: Tensor) -> Tensor:
+        if not is_traced(input):
+            self._check(input)
+        return self.classifier(torch.flatten(self.avgpool(self.features(input)), 1))
+
+    def _check(self, input: Tensor) -> None:
         channels = [self.variant.in_channels]
         if self.variant.convs[0].stride > 1:
             channels.append(channels[0] * self.variant.convs[0].stride ** 2)
         if input.dim() != 4 or input.shape[1] not in channels:
             after = f" (or (N, {channels[1]}, H', W') after space-to-depth)" if channels[1:] else ""
             raise ValueError(f"input must be (N, {channels[0]}, H, W), got shape {tuple(input.shape)}{after}")
-        maps = self.avgpool(self.features(input))
-        weight = self._weight_in_memory_order(maps)
-        if weight is None:
-            return self.classifier(torch.flatten(maps, 1))
-        _, fc6, *rest = list[Any](self.classifier)
-        hidden = F.linear_relu_dropout(maps.permute(0, 2, 3, 1).flatten(1), weight, fc6.bias, training=False)
-        for module in rest:
-            hidden = module(hidden)
-        return hidden
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """As nn.Module's; the RuntimeError for weights of another variant says which one they fit."""
+        try:
+            return super().load_state_dict(state_dict, strict, assign)
+        except RuntimeError as error:
+            fitting = fitting_variants(state_dict)
+            if not fitting or self.variant.name in fitting:
+                raise
+            classes = state_dict["classifier.6.weight"].shape[0]
+            raise RuntimeError(
+                f'these weights fit variant "{fitting[0]}", not "{self.variant.name}": '
+                f'build AlexNet({classes}, variant="{fitting[0]}"). {error}'
+            ) from None
 
     def block_padding(self, height: int, width: int) -> tuple[tuple[int, int], tuple[int, int]]:
         """((top, bottom), (left, right)), the padding with which space-to-depth serves images of this size.
@@ -270,48 +347,6 @@ class AlexNet(nn.Module):
 
         return (conv.padding, after(height)), (conv.padding, after(width))
 
-    def train(self, mode: bool = True) -> AlexNet:
-        _in_memory_order.pop(self, None)
-        return super().train(mode)
-
-    def _weight_in_memory_order(self, maps: Tensor) -> Tensor | None:
-        """fc6's weight for maps flattened as they lie in channels_last memory; None where the plain way is due.
-
-        That is training (the flattened copy costs 37 KB of traffic per image in half precision, and again for its
-        gradient, where a permuted weight would have to follow every step), whoever watches the modules or the weight,
-        and captures: a graph would go on reading this copy after the weight has changed.
-        """
-        if torch.compiler.is_compiling() or self.training or torch.is_grad_enabled():
-            return None
-        if memory_format(maps) is not torch.channels_last:
-            return None
-        modules: list[Any] = list(self.classifier)[:2] if type(self.classifier) is nn.Sequential else []
-        if [type(m) for m in modules] not in ([nn.Identity, LinearReLUDropout], [nn.Dropout, LinearReLUDropout]):
-            return None
-        weight = modules[1].weight
-        if (
-            type(weight) is not nn.Parameter
-            or weight.is_inference()
-            or any(m.training or has_hooks(m) for m in (self.classifier, *modules))
-            or is_watched((maps, weight))
-            or is_capturing(maps)
-        ):
-            return None
-        state = (weight._version, weight.data_ptr(), weight.shape, weight.dtype, weight.device)
-        sample = _sample(weight)
-        kept = _in_memory_order.get(self)
-        if (
-            kept is None
-            or kept.weight() is not weight
-            or kept.state != state
-            or (sample is not None and not torch.equal(sample, kept.sample))
-        ):
-            with torch.inference_mode(False), torch.no_grad():
-                permuted = weight.unflatten(1, (maps.shape[1], -1)).transpose(1, 2).flatten(1)
-                sample = None if sample is None else sample.clone()
-            kept = _in_memory_order[self] = _Permuted(weakref.ref(weight), state, sample, permuted)
-        return kept.permuted
-
     def features_at(self, input: Tensor, *layers: str) -> dict[str, Tensor]:
         """The maps after the named ReLUs ("relu1" to "relu5"), as perceptual losses want them, in one pass.
 
@@ -327,35 +362,19 @@ class AlexNet(nn.Module):
         for module in self.features.modules_for(input):
             if len(found) == len(set(layers)):
                 break
-            input = module(input)
+            input = module(_channels_last(input))
             if isinstance(module, ConvReLU2d | nn.ReLU) and (name := next(relus)) in layers:
                 found[name] = input
         return found
-
-
-class _Permuted(NamedTuple):
-    """fc6's weight in the order of channels_last maps, and what says that it is still that weight."""
-
-    weight: weakref.ref[nn.Parameter]
-    state: tuple[Any, ...]  # version, memory, shape, dtype and device
-    sample: Any  # some of the values, or None on a GPU
-    permuted: Tensor
-
-
-# By model and not in it: copies and pickles of a model stay what they were.
-_in_memory_order: weakref.WeakKeyDictionary[AlexNet, _Permuted] = weakref.WeakKeyDictionary()
-
-
-def _sample(weight: Tensor) -> Tensor | None:
-    """Some of the values, to compare; on a GPU that would wait for it."""
-    return weight.detach().flatten()[:: max(1, weight.numel() // 64)] if weight.is_cpu else None
 
 
 class AveragePoolTo(nn.AdaptiveAvgPool2d):
     """nn.AdaptiveAvgPool2d that costs nothing at its own output size, where averaging changes nothing."""
 
     def forward(self, input: Tensor) -> Tensor:
-        return input if input.shape[2:] == self.output_size else super().forward(input)
+        if not is_traced(input) and input.shape[2:] == self.output_size:
+            return input
+        return super().forward(input)
 
 
 def _feature_modules(variant: Variant) -> list[nn.Module]:
@@ -424,8 +443,9 @@ def alexnet(
     """An AlexNet, with weights if asked for, in training mode.
 
     weights: None (fresh initialisation); a name of torchvision's ("IMAGENET1K_V1", "DEFAULT", or the members of
-        `torchvision.models.AlexNet_Weights`), downloaded once to torch's hub directory; or a path to `.safetensors`,
-        `.pth` or `.pt` (read with weights_only=True; a state_dict, or a dict that holds one as "state_dict").
+        `torchvision.models.AlexNet_Weights`), downloaded once to torch's hub directory; or a path to a `.safetensors`,
+        or to what torch.save wrote (read with weights_only=True): a state_dict in any precision, or a dict that holds
+        one, see `plain_state`.  The model is in float32.
     variant: as for `AlexNet`; by default the one that the weights were made for, else "paper".
     kwargs: num_classes (by default the number in the weights) and dropout, for `AlexNet`.
 
@@ -450,11 +470,18 @@ def alexnet(
     if wanted.name in VARIANTS and wanted.name not in fitting:
         fits = f'variant "{fitting[0]}"' if fitting else "no variant of AlexNet"
         raise ValueError(f'the weights {weights} fit {fits}, not "{wanted.name}"')
-    classes = state["classifier.6.weight"].shape[0]
+    last = state.get("classifier.6.weight")
+    if last is None or last.dim() != 2:
+        raise ValueError(f"the weights {weights} have no matrix classifier.6.weight: they are of another network")
+    classes = last.shape[0]
     if kwargs.setdefault("num_classes", classes) != classes:
         raise ValueError(f"num_classes is {kwargs['num_classes']}, but the weights {weights} have {classes} classes")
+    check_shapes(state, wanted, classes, weights)
     model = AlexNet(variant=wanted, **kwargs)
-    model.load_state_dict(state)
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as error:
+        raise ValueError(f'the weights {weights} do not fit variant "{wanted.name}": {error}') from None
     return model
 
 
@@ -472,13 +499,57 @@ def load_weights(weights: Any, *, progress: bool = True) -> tuple[dict[str, Tens
         known = ", ".join([*TORCHVISION_WEIGHTS, "DEFAULT"])
         raise FileNotFoundError(f"weights must be one of {known} or an existing file, got {str(weights)!r}")
     if path.suffix == ".safetensors":
-        return _load_safetensors(path)
-    if path.suffix not in (".pth", ".pt"):
-        raise ValueError(f"weights must be a .safetensors, .pth or .pt file, got {path}")
-    content = torch.load(path, map_location="cpu", weights_only=True)
+        state, variant = _load_safetensors(path)
+        return plain_state(state, path), variant
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # whatever PyTorch trips over in foreign bytes
+        # PyTorch's advice, to trust the file, comes first
+        reason = " ".join(str(error).rpartition("WeightsUnpickler error:")[2].split()) or type(error).__name__
+        raise ValueError(
+            f"{path} holds no weights that PyTorch reads with weights_only=True: {reason[:300]}"
+        ) from error
+    variant = content.get("variant") if isinstance(content, Mapping) else None
+    return plain_state(content, path), variant if isinstance(variant, str) else None
+
+
+# where programs put the weights in what they save, in the order of preference
+PLACES: tuple[str, ...] = (
+    *("state_dict", "model_state_dict", "model", "model_state", "net", "network", "weights", "params", "module"),
+    *("model_ema", "state_dict_ema", "ema_state_dict", "ema"),
+)
+
+
+def plain_state(content: Any, path: Path) -> dict[str, Tensor]:
+    """The state_dict in what another program saved.
+
+    It may lie in an entry of PLACES; names may have gone through DataParallel, AveragedModel or torch.compile
+    ("module.", "features.module.", "_orig_mod."), or through a model around this one ("model.").
+    Raises ValueError, naming the file and the entry, for what holds no weights.
+    """
+    while isinstance(content, Mapping):
+        inner = next((content[name] for name in PLACES if isinstance(content.get(name), Mapping)), None)
+        if inner is None:
+            break
+        content = inner
     if not isinstance(content, Mapping):
         raise ValueError(f"{path} holds a {type(content).__name__}, not a state_dict")
-    return dict(content.get("state_dict", content)), content.get("variant")
+    if not content:
+        raise ValueError(f"{path} holds no weights")
+    state: dict[str, Tensor] = {}
+    for name, value in content.items():
+        if not isinstance(value, Tensor) or not isinstance(name, str):
+            raise ValueError(f"{path} holds no state_dict: its entry {name!r} is a {type(value).__name__}")
+        if name != "n_averaged":  # AveragedModel's counter
+            state[".".join(part for part in name.split(".") if part not in ("module", "_orig_mod"))] = value
+    outer = {name.partition(".")[0] for name in state}
+    while len(outer) == 1 and all("." in name for name in state) and not outer & {"features", "classifier"}:
+        state = {name.partition(".")[2]: value for name, value in state.items()}
+        outer = {name.partition(".")[0] for name in state}
+    for name, value in state.items():
+        if not value.is_floating_point():
+            raise ValueError(f"{path}: {name} is {value.dtype}, no weights")
+    return state
 
 
 def _download(name: str, progress: bool) -> dict[str, Tensor]:
@@ -499,19 +570,42 @@ def _load_safetensors(path: Path) -> tuple[dict[str, Tensor], Variant | str | No
         from safetensors import safe_open
     except ImportError as error:
         raise ImportError(f"reading {path} needs the safetensors package: pip install safetensors") from error
-    with safe_open(path, framework="pt") as file:
-        state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118, not a dict
-        metadata = file.metadata() or {}
+    try:
+        with safe_open(path, framework="pt") as file:
+            state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118, not a dict
+            metadata = file.metadata() or {}
+    except Exception as error:  # whatever the package trips over in foreign bytes
+        raise ValueError(f"{path} is not a safetensors file ({error})") from None
     # what `fastalex train` writes describes its variant, listed or not
     if METADATA_KEY in metadata:
-        return state, Variant.from_dict(json.loads(metadata[METADATA_KEY])["variant"])
+        try:
+            return state, Variant.from_dict(json.loads(metadata[METADATA_KEY])["variant"])
+        except (KeyError, TypeError, ValueError, RecursionError) as error:
+            raise ValueError(f"{path}: its description of the model is damaged: {error}") from None
     return state, metadata.get("variant")
+
+
+def check_shapes(state: Mapping[str, Tensor], variant: Variant, classes: int, where: object) -> None:
+    """Raises ValueError unless the variant's parameters have these names and shapes; needs no memory for them.
+
+    A description in a file can ask for any amount.
+    """
+    with torch.device("meta"):
+        wanted = AlexNet(classes, variant=replace(variant, init="torch")).state_dict()
+    for name, value in wanted.items():
+        if name not in state:
+            raise ValueError(f'the weights {where} lack {name}, which variant "{variant.name}" has')
+        if state[name].shape != value.shape:
+            raise ValueError(
+                f"{name} is {tuple(state[name].shape)} in the weights {where}, "
+                f'variant "{variant.name}" has {tuple(value.shape)}'
+            )
 
 
 def fitting_variants(state: Mapping[str, Tensor]) -> list[str]:
     """The names of the variants whose parameters have these names and shapes, whatever the number of classes."""
-    found = {key: tuple(value.shape) for key, value in state.items()}
-    classes = found.get("classifier.6.weight", (1000,))[0]
+    found = {key: tuple(value.shape) for key, value in state.items() if isinstance(value, Tensor)}
+    classes = (found.get("classifier.6.weight") or (1000,))[0]
     with torch.device("meta"):
         models = {name: AlexNet(classes, variant=replace(v, init="torch")) for name, v in VARIANTS.items()}
     return [

@@ -12,7 +12,6 @@ import dataclasses
 import io
 import json
 import os
-import pickle
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -21,7 +20,8 @@ from typing import Any
 
 import torch
 
-from fastalex.alexnet import METADATA_KEY, AlexNet, Variant
+from fastalex import fields
+from fastalex.alexnet import METADATA_KEY, AlexNet, Variant, check_shapes
 from fastalex.data.preprocessing import Preprocessing
 from fastalex.files import replacing
 
@@ -46,14 +46,25 @@ class ModelCard:
 
     @classmethod
     def from_json(cls, text: str) -> ModelCard:
-        fields = json.loads(text)
-        looks = fields["preprocessing"]
-        return cls(
-            Variant.from_dict(fields["variant"]),
-            tuple(fields["classes"]),
-            Preprocessing(**{**looks, "mean": tuple(looks["mean"]), "std": tuple(looks["std"])}),
-            fields["dropout"],
-        )
+        """Raises ValueError, naming the field, for one that is missing, unknown or wrong."""
+        found = fields.complete("the description", cls, json.loads(text))
+        looks = fields.complete("preprocessing", Preprocessing, found["preprocessing"])
+        looks |= {name: fields.listed(f"preprocessing.{name}", looks[name]) for name in ("mean", "std")}
+        try:
+            preprocessing = Preprocessing(**looks)
+        except ValueError as error:
+            raise ValueError(f"preprocessing.{error}") from None
+        classes = fields.listed("classes", found["classes"])
+        if not classes or not all(isinstance(name, str) for name in classes):
+            raise ValueError(f"classes must be one name or more, got {found['classes']!r}")
+        fields.number("dropout", found["dropout"], 0)
+        variant = Variant.from_dict(found["variant"])
+        if preprocessing.channels != variant.in_channels:
+            raise ValueError(
+                f"preprocessing.channels must be variant.in_channels, {variant.in_channels}, "
+                f"got {preprocessing.channels}"
+            )
+        return cls(variant, classes, preprocessing, found["dropout"])
 
 
 def save_model(path: Path, model: AlexNet, card: ModelCard) -> None:
@@ -76,7 +87,7 @@ def load_model(path: Path) -> tuple[AlexNet, ModelCard]:
 
     Raises FileNotFoundError, or ValueError for a file of another kind.
     """
-    from safetensors import SafetensorError, safe_open
+    from safetensors import safe_open
 
     if not path.is_file():
         raise FileNotFoundError(f"no checkpoint at {path}")
@@ -84,7 +95,7 @@ def load_model(path: Path) -> tuple[AlexNet, ModelCard]:
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
             weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, not a dict
-    except SafetensorError as error:
+    except Exception as error:  # whatever the package trips over in foreign bytes
         raise ValueError(f"{path} is not a safetensors file ({error})") from None
     if METADATA_KEY not in metadata:
         raise ValueError(
@@ -92,9 +103,10 @@ def load_model(path: Path) -> tuple[AlexNet, ModelCard]:
         )
     try:
         card = ModelCard.from_json(metadata[METADATA_KEY])
+        check_shapes(weights, card.variant, len(card.classes), path)
         model = card.build()
         model.load_state_dict(weights)
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+    except (KeyError, TypeError, ValueError, RuntimeError, ArithmeticError, MemoryError) as error:
         raise ValueError(f"{path} was written by another version of fastalex or is damaged: {error}") from error
     return model.eval(), card
 
@@ -135,7 +147,9 @@ def load_state(path: Path) -> dict[str, Any]:
         if damaged is not None:
             raise ValueError(f"wrong checksum in {damaged}")
         state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, ValueError, RuntimeError, EOFError, zipfile.BadZipFile, pickle.UnpicklingError) as error:
+        if not isinstance(state, dict):
+            raise ValueError(f"it holds a {type(state).__name__}")
+    except Exception as error:  # whatever PyTorch trips over in foreign bytes
         previous = path.with_name(PREVIOUS_STATE)
         remedy = f"; {previous} is the one before it: rename it to {path.name}" if previous.exists() else ""
         raise ValueError(f"{path} cannot be read ({error}){remedy}") from error

@@ -73,6 +73,7 @@ def train(
     deterministic: bool = False,
     device: str | None = None,
     workers: int | None = None,
+    on_error: Literal["stop", "skip"] = "stop",
     seed: int = 0,
     resume: bool = False,
     save_minutes: float = 10.0,
@@ -102,7 +103,9 @@ def train(
         parallel: Of several processes: "data" gives each the whole model, "hybrid" splits the fully connected layers.
         deterministic: Take only algorithms that give the same bits in every run, slower on a GPU.
         device: cpu, cuda, cuda:1, ...; by default a GPU if there is one.
-        workers: Processes that read pictures from --data; by default one per core, 8 at most.
+        workers: Processes that read pictures from --data, 0 for none; by default one per core, 8 at most.
+        on_error: What a damaged picture in a folder does: "stop" ends with its path, "skip" reads every picture once
+            before it starts, leaves out what cannot be read, and lists it.
         seed: Of the initial weights, the order of the pictures, the crops and the dropout.
         resume: Go on with the run in the output folder, if there is one.
         save_minutes: How often state.pt is written within an epoch.
@@ -146,7 +149,7 @@ def train(
         workers = max(1, min(8, (os.cpu_count() or 1) // distributed.local_size())) if workers is None else workers
     make = FashionMNIST.preprocessing_for if data is None else Preprocessing.for_photos
     preprocessing = make(chosen.variant.in_channels, chosen.variant.crop)
-    images = open_images(data, preprocessing, splits=("train", "test"), workers=workers)
+    images = open_images(data, preprocessing, splits=("train", "test"), workers=workers, on_error=on_error)
     with distributed.process_group(where):
         exists = distributed.from_rank_0((out / STATE).exists())
         if exists and not resume and not distributed.restarted():
@@ -154,23 +157,24 @@ def train(
         first = distributed.rank() == 0
         if first:
             if resume and not exists:
-                console.print(f"nothing to resume in {out}: starting from the beginning")
+                console.print(f"nothing to resume in {out}: starting from the beginning", soft_wrap=True)
             processes = f", {distributed.size()} processes" if distributed.size() > 1 else ""
             console.print(
                 f"{images.count('train'):,} training pictures of {len(images.classes)} classes, on {where}{processes}"
             )
         torch.manual_seed(chosen.seed)
-        model = AlexNet(len(images.classes), chosen.dropout, variant=chosen.variant).to(where)
+        model = AlexNet(len(images.classes), chosen.dropout, variant=chosen.variant)
+        model = model.to(where).to(memory_format=torch.channels_last)
         bar = ProgressBar(chosen.epochs, images.count("train")) if first else contextlib.nullcontext()
         try:
             with bar as watcher:
                 loop.train(model, images, chosen, out, options=options, resume=exists, watcher=watcher)
         except loop.Stopped as stopped:
             if first:
-                console.print(f"{stopped}; the same command with --resume goes on with {out}")
+                console.print(f"{stopped}; the same command with --resume goes on with {out}", soft_wrap=True)
             raise SystemExit(128 + stopped.signal) from None
         if first:
-            console.print(f"wrote {out}")
+            console.print(f"wrote {out}", soft_wrap=True)
 
 
 def evaluate(
@@ -181,6 +185,7 @@ def evaluate(
     batch_size: int = 250,
     device: str | None = None,
     workers: int | None = None,
+    on_error: Literal["stop", "skip"] = "stop",
 ) -> None:
     """Measure a model's accuracy on test pictures, as a whole and class by class.
 
@@ -192,7 +197,9 @@ def evaluate(
         out: Folder for scores.json (with every class and the confusion matrix) and confusion.png.
         batch_size: Images per step; of ten crops a tenth as many pictures.
         device: cpu, cuda, cuda:1, ...; by default a GPU if there is one.
-        workers: Processes that read pictures from --data; by default one per core, 8 at most.
+        workers: Processes that read pictures from --data, 0 for none; by default one per core, 8 at most.
+        on_error: What a damaged picture in a folder does: "stop" ends with its path, "skip" reads every picture once
+            before it starts, leaves out what cannot be read, and lists it.
     """
     import json
 
@@ -208,7 +215,7 @@ def evaluate(
     if batch_size < 1:
         raise ValueError(f"--batch-size must be at least 1, got {batch_size}")
     model, card = load_classifier(weights)
-    images = open_images(data, card.preprocessing, splits=("test",), workers=workers)
+    images = open_images(data, card.preprocessing, splits=("test",), workers=workers, on_error=on_error)
     check_classes(card, images.classes)
     where = find_device(device)
     confusion = torch.zeros(len(card.classes), len(card.classes), dtype=torch.int64, device=where)
@@ -358,7 +365,7 @@ def pack(
         target: New folder for the records: 197 KB a picture at 256x256, so 262 GB for ImageNet.
         size: Height and width; by default 256, and 32 for CIFAR-10.  The short side is resized, the middle kept.
         on_error: What a damaged or huge picture does: "stop" ends with its path, "skip" leaves it out and lists it.
-        workers: Processes that decode; by default one per core.
+        workers: Processes that decode, 0 for this one alone; by default one per core.
         val_labels: Labels of a flat val/ folder, one line a picture, where they are not in a file of the usual name.
     """
     from fastalex.data.pack import pack as pack_pictures
@@ -392,49 +399,58 @@ def verify(data: Annotated[Path, tyro.conf.Positional]) -> None:
     from fastalex.data.packed import verify as verify_packed
     from fastalex.visualize.console import console
 
-    console.print(f"{data}: {verify_packed(data) / 1e9:.2f} GB as they were written", highlight=False)
+    console.print(f"{data}: {verify_packed(data) / 1e9:.2f} GB as they were written", highlight=False, soft_wrap=True)
+
+
+def check() -> None:
+    """Compare and time everything on this GPU: does it work, and what is gained? See `fastalex check --help`."""
+    from fastalex.check.command import main as run
+
+    raise SystemExit(run([]))
 
 
 def tune(
-    variant: Literal["paper", "code2012", "torchvision", "bvlc_alexnet", "caffenet"] = "paper",
-    batch_size: int = 128,
-    dtype: Literal["fp16", "bf16", "fp32"] = "fp16",
+    variant: tuple[Literal["paper", "code2012", "torchvision", "bvlc_alexnet", "caffenet"], ...] = ("paper",),
+    batch_size: tuple[int, ...] = (128,),
+    dtype: tuple[Literal["fp16", "bf16", "fp32"], ...] = ("fp16",),
     inference: bool = False,
+    out: Path | None = None,
     device: str | None = None,
 ) -> None:
     """Time the candidates of each layer on this machine's GPU and remember the fastest.
 
     Later runs on the same GPU architecture with the same versions take what was found, for batches of the same bucket:
     below 32, below 128, below 256, and from 256 on.  The results are one readable file; deleting it undoes everything.
+    All cores compile first; then one process times, and a family of kernels that breaks the GPU loses its own alone.
 
     Args:
-        variant: Which AlexNet.
+        variant: Which AlexNets.
         batch_size: Pictures per step.
         dtype: Of pictures and weights; with mixed precision, the lower one.
         inference: Leave the gradients out.
-        device: cuda, cuda:1, ...; by default the first GPU.
+        out: Write this table instead of the user's, which is the one that runs take.
+        device: cuda or cpu; by default a GPU if there is one.
     """
-    import torch
-
-    from fastalex.alexnet import VARIANTS, AlexNet
     from fastalex.dispatch import table_path
-    from fastalex.tuning import tune_model
+    from fastalex.tuning import Job, tune
 
-    if batch_size < 1:
-        raise ValueError(f"--batch-size must be at least 1, got {batch_size}")
+    for size in batch_size:
+        if size < 1:
+            raise ValueError(f"--batch-size must be at least 1, got {size}")
     where = find_device(device)
     if where.type != "cuda":
         raise ValueError(f"tune times kernels on a GPU, and the device here is {where}")
-    number = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}[dtype]
-    model = AlexNet(variant=variant).to(where, number)
-    images = torch.zeros(batch_size, 3, VARIANTS[variant].crop, VARIANTS[variant].crop, dtype=number, device=where)
-    for key, measurement in tune_model(model, images, training=not inference):
-        times = sorted(measurement.milliseconds.items(), key=lambda item: item[1])
+    path = out or table_path()
+    for key, found in tune(Job(variant, dtype, batch_size, not inference), path):
+        if isinstance(found, str):
+            print(f"{key}: {found}")
+            continue
+        times = sorted(found.milliseconds.items(), key=lambda item: item[1])
         print(key)
-        print("  " + ", ".join(f"{name} {ms:.3f} ms" for name, ms in times) + f" -> {measurement.candidate}")
-        for name, reason in measurement.refused.items():
+        print("  " + ", ".join(f"{name} {ms:.3f} ms" for name, ms in times) + f" -> {found.candidate}")
+        for name, reason in found.refused.items():
             print(f"  {name}: {reason}")
-    print(f"wrote {table_path()}")
+    print(f"wrote {path}")
 
 
 def bench(
@@ -450,7 +466,8 @@ def bench(
 
     Args:
         action: "report".
-        results: A file of --benchmark-json, or a small one that --keep wrote.
+        results: A file of --benchmark-json, the JSON lines of a GPU (runs/bench/lines.jsonl), or a small file that
+            --keep wrote.
         out: Folder for the charts: speed-ups, percent of measured rates, memory.
         keep: Folder for the small dated file (medians, ratios, machine), as benchmarks/results.
         readme: README.md of a checkout: its summary is renewed, and the whole table in docs/benchmarks.md beside it.
@@ -625,11 +642,16 @@ def tell_written(paths: Sequence[Path]) -> None:
 def tell(line: str) -> None:
     from fastalex.visualize.console import console
 
-    console.print(line, soft_wrap=True, highlight=False, markup=False)
+    console.print(line, soft_wrap=True, highlight=False)
 
 
 def open_images(
-    data: Path | None, preprocessing: Preprocessing, *, splits: tuple[str, ...], workers: int | None
+    data: Path | None,
+    preprocessing: Preprocessing,
+    *,
+    splits: tuple[str, ...],
+    workers: int | None,
+    on_error: Literal["stop", "skip"] = "stop",
 ) -> ImageSet:
     from fastalex.data.image_sets import FashionMNIST, Folders
     from fastalex.data.packed import PackedSet, is_packed
@@ -638,7 +660,10 @@ def open_images(
         return FashionMNIST(preprocessing)
     if is_packed(data):
         return PackedSet(data, preprocessing, splits=splits, threads=workers)
-    return Folders(data, preprocessing, splits=splits, workers=workers)
+    folders = Folders(data, preprocessing, splits=splits, workers=workers, on_error=on_error)
+    for path, reason in folders.unreadable:
+        tell(f"skipped {path}: {reason}")
+    return folders
 
 
 def find_device(name: str | None) -> torch.device:
@@ -685,11 +710,18 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "pack": pack,
     "verify": verify,
     "tune": tune,
+    "check": check,
 }
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line; wrong input ends with one line on stderr and exit code 2."""
+    given = sys.argv[1:] if arguments is None else list(arguments)
+    if given[:1] == ["check"]:
+        # which parses its own arguments: it runs where tyro is missing
+        from fastalex.check.command import main as check
+
+        raise SystemExit(check(given[1:]))
     if tyro is None:
         fail("the command line needs tyro: pip install 'fastalex[cli]'")
     try:

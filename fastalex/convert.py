@@ -339,11 +339,8 @@ def _layer_fault(layer: Any) -> str | None:
         return "has a hook that sees its output before the ReLU"
     if not layer.weight.is_floating_point():
         return f"its weight is {layer.weight.dtype}"
-    if isinstance(layer, nn.Conv2d):
-        if layer.padding_mode != "zeros":
-            return f"padding_mode is {layer.padding_mode!r}"
-        if numeric_padding(layer) is None:
-            return f'padding="same" with kernel_size {layer.kernel_size} is not symmetric'
+    if isinstance(layer, nn.Conv2d) and layer.padding_mode != "zeros":
+        return f"padding_mode is {layer.padding_mode!r}"
     return None
 
 

@@ -27,7 +27,8 @@ def run(folder: Path = FOLDER, epochs: int = DEMO_RECIPE.epochs, device: torch.d
     recipe = replace(DEMO_RECIPE, epochs=epochs)
     data = FashionMNIST(FashionMNIST.preprocessing_for(recipe.variant.in_channels, recipe.variant.crop))
     torch.manual_seed(recipe.seed)
-    model = AlexNet(len(data.classes), recipe.dropout, variant=recipe.variant).to(device)
+    model = AlexNet(len(data.classes), recipe.dropout, variant=recipe.variant)
+    model = model.to(device).to(memory_format=torch.channels_last)
     console.print(
         f"AlexNet with {sum(p.numel() for p in model.parameters()):,} parameters, "
         f"{data.count('train'):,} training and {data.count('test'):,} test pictures of {len(data.classes)} classes"

@@ -154,7 +154,7 @@ class TorchNorm(nn.LocalResponseNorm):
 
 def _fused_stages(variant: Variant, classes: int) -> list[tuple[str, nn.Module]]:
     """This package's model, cut before each convolution and fully connected layer."""
-    model = AlexNet(classes, variant=variant)
+    model = AlexNet(classes, variant=variant).to(memory_format=torch.channels_last)
     starts = [i for i, module in enumerate(model.features) if isinstance(module, nn.Conv2d)]
     starts[0] = 0  # with the padding in front of it
     ends = [*starts[1:], len(model.features)]

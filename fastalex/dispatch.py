@@ -6,7 +6,8 @@ has not seen, so the choice is, in this order:
 
 1. what `force` says, for tests and for looking into a problem;
 2. what `tune` has measured here for the same geometry, dtype, batch bucket, GPU architecture and versions;
-3. the operation's shipped default: the library's convolution wherever a faster one is unproven.
+3. what was measured so for a GPU of this architecture, with whatever versions, and ships: fastalex/tables;
+4. the operation's shipped default: the library's convolution wherever a faster one is unproven.
 
 Measurements lie in one JSON file per user, `table_path()`, which can be read, edited and deleted.  It is read once per
 process, and never while a CUDA graph is captured or a model is compiled: those calls take what is known by then.
@@ -30,6 +31,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fastalex import timing
 from fastalex.files import write_whole
 
 FORMAT = 1
@@ -77,6 +79,11 @@ class Candidate:
     name: str
     run: Callable[..., Any]
     unsupported: Callable[..., str | None]
+
+    @property
+    def is_ours(self) -> bool:
+        """Whether it runs no kernel of a library, whose settings then say nothing about it."""
+        return "library" not in self.name and "cudnn" not in self.name and "cublas" not in self.name
 
 
 @dataclass(frozen=True)
@@ -156,15 +163,18 @@ def _choose(operation: Operation, settings: Flags, args: tuple[Any, ...]) -> Cho
     key = table_key(operation, settings, args)
     why = _table.why_not(args[0])
     if why is None:
-        measured = _table.entries(environment(args[0].device)).get(key)
+        where = environment(args[0].device)
+        measured, source = _table.entries(where).get(key), "measured"
+        if measured is None:
+            measured, source = shipped_table(where.partition(",")[0]).get(key), "shipped measurement"
         if measured is None:
             why = f"not measured here: {key}"
         else:
             candidate, reasons = _first_supported(operation, [measured.candidate], args)
             if candidate is not None:
                 times = ", ".join(f"{name} {ms:.4g}" for name, ms in measured.milliseconds.items())
-                return Choice(candidate, f"measured at batch {measured.batch}, in ms: {times}")
-            why = f"measured as fastest, but {reasons[0]}"
+                return Choice(candidate, f"{source} at batch {measured.batch}, in ms: {times}")
+            why = f"{source} as fastest, but {reasons[0]}"
     candidate, reasons = _first_supported(operation, operation.defaults(*args), args)
     assert candidate is not None, reasons  # the last default runs anything
     return Choice(candidate, f"shipped default; {why}")
@@ -258,6 +268,13 @@ def table_path() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastalex" / "dispatch.json"
 
 
+@functools.cache
+def shipped_table(architecture: str) -> dict[str, Measurement]:
+    """{key: measurement} for GPUs of this architecture ("sm_90"), none where nobody has measured yet."""
+    tables = read_table(Path(__file__).with_name("tables") / f"{architecture}.json")
+    return {key: measurement for entries in tables.values() for key, measurement in entries.items()}
+
+
 class _Table:
     """The file as this process has read it, and what it has measured itself."""
 
@@ -324,19 +341,28 @@ def read_table(path: Path) -> dict[str, dict[str, Measurement]]:
         return {}
 
 
+def remember(where: str, measured: Mapping[str, Measurement]) -> None:
+    """Merge measurements into this process's table, and not into the user's file."""
+    _table.add(where, measured)
+
+
 def save(where: str, measured: Mapping[str, Measurement]) -> None:
     """Merge measurements into this process's table and the user's file; a directory that is read-only is logged."""
-    _table.add(where, measured)
-    path = table_path()
+    remember(where, measured)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with _locked(path.with_name("dispatch.lock")):
-            content = read_table(path)
-            content.setdefault(where, {}).update(measured)
-            entries = {w: {key: asdict(m) for key, m in sorted(e.items())} for w, e in sorted(content.items())}
-            write_whole(path, json.dumps({"format": FORMAT, "measurements": entries}, indent=1) + "\n")
+        merge(table_path(), where, measured)
     except OSError as error:
         _log.warning("measurements last for this process only: %s", error)
+
+
+def merge(path: Path, where: str, measured: Mapping[str, Measurement]) -> None:
+    """Add measurements to a file, which other processes may do at the same time.  Raises OSError if it cannot."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with _locked(path.with_name("dispatch.lock")):
+        content = read_table(path)
+        content.setdefault(where, {}).update(measured)
+        entries = {w: {key: asdict(m) for key, m in sorted(e.items())} for w, e in sorted(content.items())}
+        write_whole(path, json.dumps({"format": FORMAT, "measurements": entries}, indent=1) + "\n")
 
 
 @contextlib.contextmanager
@@ -353,39 +379,63 @@ def _locked(path: Path) -> Iterator[None]:
 
 
 # ---------------------------------------------------------------------------------------------------- measuring
-def tune(operation: Operation | str, *args: Any, rounds: int = ROUNDS) -> Measurement:
+def tune(
+    operation: Operation | str, *args: Any, rounds: int = ROUNDS, known: Mapping[str, float] | None = None
+) -> Measurement:
     """Time every candidate on these arguments, without saving: `save` does.
 
-    Each is first compared with the library's result; one that is refused, raises or differs is recorded with the
-    reason and not timed.  Rounds go through all candidates in turn, so that a drifting clock hurts all alike.
-    Raises RuntimeError during a capture or a compilation.
+    known: milliseconds of candidates that were timed on these arguments before, and are not timed again.
+
+    Each is first compared with the library's result, and must keep a NaN; one that is refused, raises or differs is
+    recorded with the reason and not timed.  Rounds go through all candidates in turn, so that a drifting clock hurts
+    all alike.  On a GPU the times are the device's, of CUDA graphs, with the L2 cache cleared before each.
+    Raises RuntimeError during a capture or a compilation, and BrokenDeviceError where a candidate took the GPU with it.
     """
     operation = find(operation)
     if is_capturing(args[0]):
         raise RuntimeError(f"fastalex.dispatch.tune({operation.name}) cannot run during a capture or a compilation")
+    with timing.side_stream() if args[0].is_cuda else contextlib.nullcontext():
+        return _tune(operation, args, rounds, known or {})
+
+
+def _tune(operation: Operation, args: tuple[Any, ...], rounds: int, known: Mapping[str, float]) -> Measurement:
     expected = operation.candidates[operation.library].run(*args)
     refused: dict[str, str] = {}
     running: list[Candidate] = []
     for candidate in operation.candidates.values():
+        if candidate.name in known:
+            continue
         reason = candidate.unsupported(*args)
         if reason is None:
             try:
                 reason = _difference(candidate.run(*args), expected)
+                if reason is None and not keeps_nan(operation, candidate, args):
+                    reason = "makes a number of NaN"
             except Exception as error:  # a compiler's failure is a reason, whatever its class
                 reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+                _blame(candidate, args[0], reason)
         if reason is None:
             running.append(candidate)
         else:
             refused[candidate.name] = reason
-    seconds: dict[str, list[float]] = {candidate.name: [] for candidate in running}
-    for _ in range(rounds):
-        for candidate in running:
-            seconds[candidate.name].append(_seconds(candidate.run, args))
-    times = {name: round(1e3 * statistics.median(found), 6) for name, found in seconds.items()}
+    seconds = _device_seconds(running, args, rounds) if args[0].is_cuda else _host_seconds(running, args, rounds)
+    times = {name: round(1e3 * statistics.median(found), 6) for name, found in seconds.items()} | dict(known)
     default = next(name for name in operation.defaults(*args) if name in times)
     best = min(times, key=times.__getitem__)
     chosen = best if times[best] < CLEARLY_FASTER * times[default] else default
     return Measurement(chosen, times, refused, args[0].shape[0])
+
+
+def keeps_nan(operation: Operation, candidate: Candidate, args: tuple[Any, ...]) -> bool:
+    """Whether a NaN in the middle of the first argument reaches all that it reaches in the library's result.
+
+    Some libraries' max(0, x) makes 0 of it.
+    """
+    first = args[0].clone()
+    if first.numel():
+        first[tuple(size // 2 for size in first.shape)] = torch.nan
+    expected = operation.candidates[operation.library].run(first, *args[1:])
+    return not bool((expected.isnan() & ~candidate.run(first, *args[1:]).isnan()).any())
 
 
 def _difference(found: Tensor, expected: Tensor) -> str | None:
@@ -404,14 +454,39 @@ def _difference(found: Tensor, expected: Tensor) -> str | None:
     return None
 
 
+class BrokenDeviceError(RuntimeError):
+    """A candidate left the GPU in a state in which nothing runs on it any more: end the process."""
+
+
+def _blame(candidate: Candidate, tensor: Tensor, reason: str) -> None:
+    """Raises BrokenDeviceError if the GPU answers no more after what the candidate did."""
+    if not tensor.is_cuda:
+        return
+    try:
+        torch.cuda.synchronize(tensor.device)
+    except RuntimeError as error:
+        raise BrokenDeviceError(f"{candidate.name}: {reason}; the GPU answers no more") from error
+
+
+def _device_seconds(running: Sequence[Candidate], args: tuple[Any, ...], rounds: int) -> dict[str, list[float]]:
+    graphs = {}
+    for candidate in running:
+        try:
+            graphs[candidate.name], _ = timing.capture(functools.partial(candidate.run, *args))
+        except timing.CaptureError as error:
+            raise BrokenDeviceError(f"{candidate.name} cannot be captured in a CUDA graph: {error}") from error
+    return {name: [m / 1e3 for m in found] for name, found in timing.interleaved(graphs, rounds).items()}
+
+
+def _host_seconds(running: Sequence[Candidate], args: tuple[Any, ...], rounds: int) -> dict[str, list[float]]:
+    seconds: dict[str, list[float]] = {candidate.name: [] for candidate in running}
+    for _ in range(rounds):
+        for candidate in running:
+            seconds[candidate.name].append(_seconds(candidate.run, args))
+    return seconds
+
+
 def _seconds(run: Callable[..., Any], args: tuple[Any, ...]) -> float:
-    if args[0].is_cuda:
-        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        run(*args)
-        stop.record()
-        stop.synchronize()
-        return start.elapsed_time(stop) / 1e3
     begin = time.perf_counter()
     run(*args)
     return time.perf_counter() - begin

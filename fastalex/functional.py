@@ -1,9 +1,13 @@
 """The operations as functions, with the signatures of `torch.nn.functional`.
 
+Arguments may come in every form that torch takes: an int, `[int]`, two ints, NumPy's integers, `padding="same"`, a
+picture without a batch where torch allows it.
+
 Every function takes float32, float16 and bfloat16 (float64 on the CPU, and anywhere through the reference path), in
-NCHW or channels_last memory, and returns the input's dtype and memory format.  Sliced, expanded and empty tensors are
-legal.  Gradients are deterministic: no atomics, two runs are bit-equal.  Bad arguments raise ValueError, tensors of
-different dtypes or devices RuntimeError, before anything is launched.  `fastalex.backend` chooses the implementation.
+NCHW or channels_last memory, and returns the input's dtype and memory format.  Tensors may be sliced, transposed,
+expanded and empty, weights, biases and gradients too.  NaN and infinities arrive where torch's do.  Gradients are
+deterministic: no atomics, two runs are bit-equal.  Bad arguments raise ValueError, tensors of different dtypes or
+devices RuntimeError, before anything is launched.  `fastalex.backend` chooses the implementation.
 
 Under autocast the convolution and the linear layer run in the autocast dtype, as torch's do; LRN and pooling keep
 the dtype of their input (eager PyTorch would promote LRN to float32).
@@ -11,11 +15,12 @@ the dtype of their input (eager PyTorch would promote LRN to float32).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple
+import operator
+from collections.abc import Sequence, Sized
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx, nn
 
 from fastalex import backend, ops, reference
 from fastalex.kernels.window_code import MAX_CELLS
@@ -49,17 +54,19 @@ def conv2d_relu(
     weight: Tensor,
     bias: Tensor | None = None,
     stride: IntOrPair = 1,
-    padding: IntOrPair = 0,
+    padding: IntOrPair | str = 0,
     dilation: IntOrPair = 1,
     groups: int = 1,
 ) -> Tensor:
-    """relu(conv2d(...)): (N, C, H, W), (K, C/groups, R, S) -> (N, K, OH, OW).
+    """relu(conv2d(...)): (N, C, H, W) or (C, H, W), (K, C/groups, R, S) -> (N, K, OH, OW) or (K, OH, OW).
 
     Keeps input, weight and output for backward, no mask.  Channels_last if the input or the weight is.
     Raises ValueError for shapes or parameters that do not fit, RuntimeError for mixed dtypes or devices.
     """
+    if input.dim() == 3:
+        return conv2d_relu(input[None], weight, bias, stride, padding, dilation, groups)[0]
     input, weight, bias = _autocast(input, weight, bias)
-    geometry = pair(stride), pair(padding), pair(dilation)
+    input, geometry, groups = _conv2d_geometry(input, weight, stride, padding, dilation, groups)
     _check_conv2d(input, weight, bias, *geometry, groups)
     if backend.takes_reference("conv2d_relu", input):
         return reference.conv2d_relu(input, weight, bias, *geometry, groups)
@@ -75,6 +82,7 @@ def local_response_norm(
     normalise inside each of that many channel groups.  Keeps only the input for backward.
     Raises ValueError if size < 1, the input has fewer than 3 dimensions, or groups does not divide its channels.
     """
+    size, groups = operator.index(size), operator.index(groups)
     _check_floating(input)
     _check_lrn(input.shape, size, groups)
     if backend.takes_reference("local_response_norm", input):
@@ -94,21 +102,20 @@ def max_pool2d(
     """Exactly torch.nn.functional.max_pool2d: (N, C, H, W) or (C, H, W) -> pooled, NaN and tie rules included.
 
     Keeps one byte per window for backward instead of torch's int64 index; indices are made only when asked for.
-    Raises ValueError for windows of more than 127 cells and for parameters that torch refuses.
+    Windows of more than 127 cells, and integers, are torch's own to pool.
+    Raises ValueError for parameters that torch refuses.
     """
     if input.dim() == 3:
         out = max_pool2d(input[None], kernel_size, stride, padding, dilation, ceil_mode, return_indices)
         return (out[0][0], out[1][0]) if isinstance(out, tuple) else out[0]
-    window, step, pad, spread = (
-        pair(kernel_size),
-        pair(kernel_size if stride is None else stride),
-        pair(padding),
-        pair(dilation),
-    )
-    _check_floating(input)
+    window, step = _window(kernel_size, stride)
+    pad, spread = pair(padding, "padding"), pair(dilation, "dilation")
     _check_pool(input.shape, window, step, pad, spread, ceil_mode)
     if backend.takes_reference("max_pool2d", input):
         return reference.max_pool2d(input, window, step, pad, spread, ceil_mode, return_indices)
+    if not input.is_floating_point() or window[0] * window[1] > MAX_CELLS:
+        pool: Any = nn.functional.max_pool2d_with_indices if return_indices else nn.functional.max_pool2d
+        return pool(input, window, step, pad, spread, ceil_mode)
     codes_wanted = return_indices or _needs_grad(input)
     output, codes = call(ops.max_pool2d, input, window, step, pad, spread, ceil_mode, codes_wanted)
     if not return_indices:
@@ -134,12 +141,16 @@ def lrn_max_pool2d(
     values, and the gradient is that before the ReLU: zero wherever the maximum of a window is zero.
     Raises ValueError as `local_response_norm` and `max_pool2d` do.
     """
-    window, step = pair(kernel_size), pair(kernel_size if stride is None else stride)
+    window, step = _window(kernel_size, stride)
+    size, groups = operator.index(size), operator.index(groups)
     _check_floating(input)
     _check_lrn(input.shape, size, groups)
     _check_pool(input.shape, window, step, (0, 0), (1, 1), False)
     if backend.takes_reference("lrn_max_pool2d", input):
         return reference.lrn_max_pool2d(input, size, alpha, beta, k, window, step, groups=groups)
+    if window[0] * window[1] > MAX_CELLS:
+        normalised = local_response_norm(input, size, alpha, beta, k, groups=groups)
+        return max_pool2d(normalised, window, step)  # type: ignore[return-value]
     codes_wanted = _needs_grad(input)
     return call(ops.lrn_max_pool2d, input, size, alpha, beta, k, groups, window, step, after_relu, codes_wanted)[0]
 
@@ -149,7 +160,7 @@ def conv2d_relu_max_pool2d(
     weight: Tensor,
     bias: Tensor | None = None,
     stride: IntOrPair = 1,
-    padding: IntOrPair = 0,
+    padding: IntOrPair | str = 0,
     dilation: IntOrPair = 1,
     groups: int = 1,
     *,
@@ -159,22 +170,30 @@ def conv2d_relu_max_pool2d(
 ) -> Tensor:
     """A stage of AlexNet, max_pool2d([local_response_norm](relu(conv2d(input)))), as one node of the autograd graph.
 
-    (N, C, H, W) -> (N, K, OH, OW).  The ReLU mask and the bias gradient come out of the pooling backward instead of
-    a pass of their own.  Raises as `conv2d_relu`, `local_response_norm` and `max_pool2d` do.
+    (N, C, H, W) or (C, H, W) -> (N, K, OH, OW) or (K, OH, OW).  The ReLU mask and the bias gradient come out of the
+    pooling backward instead of a pass of their own.
+    Raises as `conv2d_relu`, `local_response_norm` and `max_pool2d` do.
     """
+    if input.dim() == 3:
+        batch = conv2d_relu_max_pool2d(
+            input[None], weight, bias, stride, padding, dilation, groups,
+            norm=norm, kernel_size=kernel_size, pool_stride=pool_stride,
+        )  # fmt: skip
+        return batch[0]
     input, weight, bias = _autocast(input, weight, bias)
-    geometry = pair(stride), pair(padding), pair(dilation)
+    input, geometry, groups = _conv2d_geometry(input, weight, stride, padding, dilation, groups)
     _check_conv2d(input, weight, bias, *geometry, groups)
-    window, step = pair(kernel_size), pair(kernel_size if pool_stride is None else pool_stride)
+    window, step = _window(kernel_size, pool_stride)
     activation = conv_relu.output_shape(input, weight, *geometry)
     _check_pool(activation, window, step, (0, 0), (1, 1), False)
     if norm is not None:
+        norm = norm._replace(size=operator.index(norm.size), groups=operator.index(norm.groups))
         _check_lrn(activation, norm.size, norm.groups)
-    if backend.takes_reference("conv2d_relu_max_pool2d", input):
-        output = reference.conv2d_relu(input, weight, bias, *geometry, groups)
+    if backend.takes_reference("conv2d_relu_max_pool2d", input) or window[0] * window[1] > MAX_CELLS:
+        output = conv2d_relu(input, weight, bias, *geometry, groups)
         if norm is not None:
-            output = reference.local_response_norm(output, *norm[:4], groups=norm.groups)
-        return reference.max_pool2d(output, window, step)  # type: ignore[return-value]
+            output = local_response_norm(output, *norm[:4], groups=norm.groups)
+        return max_pool2d(output, window, step)  # type: ignore[return-value]
     return call(
         ops.conv2d_relu_pool,
         input,
@@ -222,6 +241,8 @@ def linear_relu_dropout(
 
 
 def _needs_grad(*tensors: Tensor | None) -> bool:
+    if torch.jit.is_tracing():  # the trace may be differentiated later
+        return True
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
@@ -243,6 +264,52 @@ def _operator_narrows(input: Tensor, weight: Tensor, bias: Tensor | None) -> boo
         and input.dtype in (torch.float32, torch.float16, torch.bfloat16)
         and not backend.takes_triton("linear_relu_dropout", input)
     )
+
+
+def _window(kernel_size: IntOrPair, stride: IntOrPair | None) -> tuple[tuple[int, int], tuple[int, int]]:
+    """A pooling window and its stride; without a stride, windows do not overlap."""
+    window = pair(kernel_size, "kernel_size")
+    absent = stride is None or (isinstance(stride, Sized) and len(stride) == 0)
+    return window, window if absent else pair(stride, "stride")  # type: ignore[arg-type]
+
+
+def _conv2d_geometry(
+    input: Tensor,
+    weight: Tensor,
+    stride: IntOrPair,
+    padding: IntOrPair | str,
+    dilation: IntOrPair,
+    groups: int,
+) -> tuple[Tensor, tuple[tuple[int, int], tuple[int, int], tuple[int, int]], int]:
+    """The input, (stride, padding, dilation) in numbers, and groups.
+
+    The input is padded here where "same" needs a row or a column more on one side, and where oneDNN would die (of a
+    SIGSEGV, in PyTorch 2.14): strided and dilated, with windows that lie wholly in the padding, on one or two columns.
+    The dilation of a single cell is 1, for the same reason.
+    """
+    steps, spread, groups = pair(stride, "stride"), pair(dilation, "dilation"), operator.index(groups)
+    text = padding if isinstance(padding, str) else None
+    if text not in (None, "same", "valid"):
+        raise ValueError(f'padding must be "valid", "same" or numbers, got {padding!r}')
+    if text == "same" and steps != (1, 1):
+        raise ValueError(f'padding="same" needs stride 1, got {steps}')
+    border = (0, 0) if text is not None else pair(padding, "padding")  # type: ignore[arg-type]
+    window = weight.shape[2:]
+    if len(window) != 2 or input.dim() != 4 or min(*steps, *spread) < 1 or min(border) < 0:
+        return input, (steps, border, spread), groups  # to be refused
+    spread = tuple(1 if size == 1 else d for size, d in zip(window, spread, strict=True))  # type: ignore[assignment]
+    reach = [d * (size - 1) for size, d in zip(window, spread, strict=True)]
+    before, after = [0, 0], [0, 0]
+    if text == "same":
+        border, after = (reach[0] // 2, reach[1] // 2), [reach[0] % 2, reach[1] % 2]
+    else:
+        for i in (0, 1):
+            if steps[i] > 1 and spread[i] > 1 and border[i] > reach[i]:
+                before[i] = after[i] = border[i]
+        border = border[0] - before[0], border[1] - before[1]
+    if any(before) or any(after):
+        input = nn.functional.pad(input, (before[1], after[1], before[0], after[0]))
+    return input, (steps, border, spread), groups
 
 
 def _shape(tensor: Tensor) -> tuple[int, ...]:
@@ -278,7 +345,7 @@ def _check_conv2d(
 ) -> None:
     shape, window = input.shape, weight.shape
     if len(shape) != 4:
-        raise ValueError(f"input must be (N, C, H, W), got shape {_shape(input)}")
+        raise ValueError(f"input must be (N, C, H, W) or (C, H, W), got shape {_shape(input)}")
     if len(window) != 4:
         raise ValueError(f"weight must be (K, C / groups, R, S), got shape {_shape(weight)}")
     if groups < 1 or window[0] % groups:
@@ -328,10 +395,8 @@ def _check_pool(
     ):
         if value[0] < least or value[1] < least:
             raise ValueError(f"{name} must be at least {least}, got {value}")
-    if window[0] * window[1] > MAX_CELLS:
-        raise ValueError(
-            f"kernel_size {window} has {window[0] * window[1]} cells; windows of at most {MAX_CELLS} are supported"
-        )
+    if min(shape[1:]) == 0:
+        raise ValueError(f"input may be empty in its batch only, got shape {tuple(shape)}")
     for axis, name in ((0, "height"), (1, "width")):
         if 2 * padding[axis] > window[axis]:
             raise ValueError(f"padding must be at most half of kernel_size, got {padding} for {window}")
@@ -340,3 +405,8 @@ def _check_pool(
                 f"the window kernel_size {window} with padding {padding} and dilation {dilation} does not fit into "
                 f"the input's {name} {shape[2 + axis]}"
             )
+
+
+# torch.fx sees each of them as one call, whatever is decided by shapes inside
+for _name in __all__[1:]:
+    fx.wrap(_name)

@@ -7,20 +7,21 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
+from torch.nn.modules import module as every_module
 
 from fastalex import functional as F
 from fastalex.kernels.layout import fold_weight
 from fastalex.reference import IntOrPair, pair
 
 
-def numeric_padding(conv: nn.Conv2d) -> tuple[int, int] | None:
-    """The padding (height, width) of a convolution in numbers; None where "same" would pad one side more."""
+def numeric_padding(conv: nn.Conv2d) -> tuple[int, int] | str:
+    """The padding (height, width) of a convolution in numbers; "same" where that pads one side more than the other."""
     if conv.padding == "valid":
         return 0, 0
     if conv.padding == "same":
         total = [d * (k - 1) for d, k in zip(conv.dilation, conv.kernel_size, strict=True)]
-        return None if any(t % 2 for t in total) else pair([t // 2 for t in total])
+        return "same" if any(t % 2 for t in total) else pair([t // 2 for t in total])
     return pair(conv.padding)  # type: ignore[arg-type]
 
 
@@ -31,7 +32,12 @@ def convolution_of(conv: nn.Conv2d, input: Tensor) -> tuple[Tensor, tuple[Any, .
     padding)` the input has in_channels * stride^2 channels and the padding inside: then the weight is folded, so that
     the gradient still arrives at `conv.weight`, and stride and padding are gone.
     """
-    if takes_blocks(conv) and input.dim() == 4 and input.shape[1] == conv.in_channels * conv.stride[0] ** 2:
+    if (
+        not is_traced(input)
+        and takes_blocks(conv)
+        and input.dim() == 4
+        and input.shape[1] == conv.in_channels * conv.stride[0] ** 2
+    ):
         return fold_weight(conv.weight, conv.stride[0]), (1, 0, 1, 1)
     return conv.weight, (conv.stride, conv.padding, conv.dilation, conv.groups)
 
@@ -42,8 +48,24 @@ def takes_blocks(conv: nn.Conv2d) -> bool:
 
 
 def has_hooks(module: nn.Module) -> bool:
-    """Whether somebody looks at the module's tensors, forward or backward."""
-    return any((module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks))
+    """Whether somebody looks at the module's tensors, forward or backward: at this one's or at every module's."""
+    return any(
+        (
+            module._forward_hooks,
+            module._forward_pre_hooks,
+            module._backward_hooks,
+            module._backward_pre_hooks,
+            every_module._global_forward_hooks,
+            every_module._global_forward_pre_hooks,
+            every_module._global_backward_hooks,
+            every_module._global_backward_pre_hooks,
+        )
+    )
+
+
+def is_traced(input: Tensor) -> bool:
+    """Whether torch.fx traces symbolically: shapes are not known then, and modules show themselves one by one."""
+    return isinstance(input, fx.Proxy)
 
 
 class ConvReLU2d(nn.Conv2d):
@@ -69,12 +91,18 @@ class ConvReLU2d(nn.Conv2d):
         if padding_mode != "zeros":
             raise ValueError(f'padding_mode must be "zeros", got {padding_mode!r}')
         super().__init__(
-            in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, device=device, dtype=dtype
+            in_channels,
+            out_channels,
+            kernel_size,  # type: ignore[arg-type]
+            stride,  # type: ignore[arg-type]
+            padding,  # type: ignore[arg-type]
+            dilation,  # type: ignore[arg-type]
+            groups,
+            bias,
+            device=device,
+            dtype=dtype,
         )
-        padding_numbers = numeric_padding(self)
-        if padding_numbers is None:
-            raise ValueError(f'padding="same" needs odd kernels, got kernel_size {self.kernel_size}')
-        self.padding = padding_numbers
+        self.padding = numeric_padding(self)
 
     def forward(self, input: Tensor) -> Tensor:
         weight, geometry = convolution_of(self, input)

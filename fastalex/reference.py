@@ -7,21 +7,26 @@ differentiable by autograd to any order, no Triton.  Tests compare every kernel 
 
 from __future__ import annotations
 
+import operator
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-IntOrPair = int | tuple[int, int]
+IntOrPair = int | Sequence[int]
 
 
-def pair(value: int | tuple[int, ...] | list[int]) -> tuple[int, int]:
-    """An int for both spatial dimensions, or (height, width)."""
-    if isinstance(value, int):
-        return value, value
-    height, width = value
-    return height, width
+def pair(value: IntOrPair, name: str = "value") -> tuple[int, int]:
+    """(height, width) from what torch.nn.functional takes: an int for both, [int], or [height, width]; NumPy's too."""
+    if isinstance(value, int | torch.SymInt):
+        return value, value  # type: ignore[return-value]
+    values = tuple(value) if isinstance(value, Iterable) else (value,)
+    values = tuple(v if isinstance(v, int | torch.SymInt) else operator.index(v) for v in values)
+    if len(values) not in (1, 2):
+        raise ValueError(f"{name} must be an int or two ints, got {value!r}")
+    return values[0], values[-1]
 
 
 def conv2d_relu(
@@ -123,6 +128,11 @@ def max_pool2d(
     if not return_indices:
         return output
     return output, index.expand(cells.shape).gather(-1, cell).squeeze(-1)
+
+
+def convolved_size(size: int, kernel: int, stride: int, padding: int, dilation: int) -> int:
+    """The number of outputs of a convolution along one dimension."""
+    return (size + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
 
 
 def pooled_size(size: int, kernel: int, stride: int, padding: int, dilation: int, ceil_mode: bool) -> int:

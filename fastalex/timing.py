@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import statistics
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -16,6 +16,8 @@ import torch
 Run = Callable[[], Any]
 
 WARM_UPS = 3
+# More than any L2 cache: what is written before a replay to clear it.
+CACHE_BYTES = 256 * 2**20
 
 
 class CaptureError(RuntimeError):
@@ -74,3 +76,19 @@ def device_milliseconds(run: Run, milliseconds: float = 60.0) -> float:
     """
     graph, _ = capture(run)
     return statistics.median(replays(graph, milliseconds))
+
+
+def interleaved(graphs: Mapping[str, torch.cuda.CUDAGraph], rounds: int) -> dict[str, list[float]]:
+    """Device milliseconds of each graph: one replay each per round, so that a drifting clock slows all alike."""
+    cache = torch.empty(CACHE_BYTES, dtype=torch.uint8, device="cuda")
+    events: dict[str, list[tuple[torch.cuda.Event, torch.cuda.Event]]] = {name: [] for name in graphs}
+    for _ in range(rounds):
+        for name, graph in graphs.items():
+            start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            cache.zero_()
+            start.record()
+            graph.replay()
+            stop.record()
+            events[name].append((start, stop))
+    torch.cuda.synchronize()
+    return {name: [start.elapsed_time(stop) for start, stop in found] for name, found in events.items()}

@@ -366,8 +366,10 @@ ENTRIES = {
     entry.name: entry
     for base in MODEL_ENTRIES
     for dtype in DTYPES
-    # features have one layout, and blocks of pixels are channels_last whatever the image was
-    for layout in (LAYOUTS if base.side > 1 and base.operation != "space_to_depth" else ["channels_last"])
+    # features have one layout, blocks of pixels are channels_last whatever the image was, and so is LRN with pooling
+    for layout in (
+        LAYOUTS if base.side > 1 and base.operation not in ("space_to_depth", "lrn_max_pool") else ["channels_last"]
+    )
     for entry in [replace(base, dtype=dtype, layout=layout)]
 }
 

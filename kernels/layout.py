@@ -10,32 +10,57 @@ _CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 
 def memory_format(x: Tensor) -> torch.memory_format:
-    """The format that the strides say, packed or not: channels last where the channels lie next to each other.
+    """The format in which `dense(x)` is packed, and an operator's output with it.
 
-    An operator's output has its input's; kernels and fake tensors must agree on it, also where sizes of 1 leave both.
+    Kernels and fake tensors must agree on it, also where sizes of 1 leave both: those count as contiguous.
     """
-    if x.dim() in _CHANNELS_LAST and x.stride(1) == 1 and not x.is_contiguous():
+    if x.dim() in _CHANNELS_LAST and not x.is_contiguous() and _channels_are_innermost(x):
         return _CHANNELS_LAST[x.dim()]
     return torch.contiguous_format
 
 
 def is_channels_last(x: Tensor) -> bool:
     """Whether memory is packed with the channels (dimension 1) innermost.  One channel counts as contiguous."""
-    return x.shape[1] > 1 and x.movedim(1, -1).is_contiguous()
+    return x.dim() > 1 and x.shape[1] > 1 and x.movedim(1, -1).is_contiguous()
 
 
 def dense(x: Tensor) -> Tensor:
-    """x if it is packed, channels last or contiguous; otherwise a packed copy in the nearer layout.
+    """What every kernel, Triton's and the CPU's, may be given: x if it is packed, channels last or contiguous;
+    otherwise (sliced, transposed, expanded) a packed copy in the nearer layout.
 
-    Nearer: channels last if no dimension of more than one element has a smaller stride than the channels.
+    The operators bring all their tensors here, weights, biases and gradients too.  Nearer: channels last if no
+    dimension of more than one element has a smaller stride than the channels.  Dimensions of one element, whose
+    strides mean nothing, have those of packed memory: PyTorch's own convolutions look at them.
     """
-    if x.is_contiguous() or is_channels_last(x):
-        return x
-    # an expanded dimension (stride 0) says nothing about the layout
-    strides = [stride for size, stride in zip(x.shape, x.stride(), strict=True) if size > 1 and stride > 0]
-    if x.shape[1] > 1 and x.stride(1) == min(strides, default=0):
+    if x.is_contiguous():
+        return _with_strides(x)
+    if is_channels_last(x):
+        if 1 not in x.shape:
+            return x
+        return _with_strides(x.movedim(1, -1)).movedim(-1, 1)
+    if _channels_are_innermost(x):
         return x.movedim(1, -1).contiguous().movedim(-1, 1)
     return x.contiguous()
+
+
+def _with_strides(x: Tensor) -> Tensor:
+    """A contiguous x, with the strides that a new tensor of its shape has."""
+    if 1 not in x.shape:
+        return x
+    strides, size = [], 1
+    for length in reversed(x.shape):
+        strides.append(size)
+        size *= max(1, length)
+    strides.reverse()
+    return x if x.stride() == tuple(strides) else x.as_strided(x.shape, strides)
+
+
+def _channels_are_innermost(x: Tensor) -> bool:
+    if x.dim() < 3 or x.shape[1] <= 1:
+        return False
+    # an expanded dimension (stride 0) says nothing about the layout
+    strides = [stride for size, stride in zip(x.shape, x.stride(), strict=True) if size > 1 and stride > 0]
+    return x.stride(1) == min(strides, default=0)
 
 
 def in_layout_of(x: Tensor, t: Tensor) -> Tensor:

@@ -435,12 +435,15 @@ class Pass:
     channels_last: Callable
     planes: Callable
     wide: Callable
-    # vectors that a program of the channels-last kernel stores
+    # threads of a program of the channels-last kernel, and vectors that it stores
+    threads: int
     vectors: int
 
 
-FORWARD = Pass(lrn_fwd_kernel, lrn_fwd_planes_kernel, lrn_fwd_wide_kernel, vectors=THREADS)
-BACKWARD = Pass(lrn_bwd_kernel, lrn_bwd_planes_kernel, lrn_bwd_wide_kernel, vectors=THREADS // 32 * 30)
+FORWARD = Pass(lrn_fwd_kernel, lrn_fwd_planes_kernel, lrn_fwd_wide_kernel, THREADS, THREADS)
+# One warp, which waits for no other where it exchanges its halo (AMD: one of 64 lanes).
+EXCHANGING = 32 if torch.version.hip is None else 64
+BACKWARD = Pass(lrn_bwd_kernel, lrn_bwd_planes_kernel, lrn_bwd_wide_kernel, EXCHANGING, EXCHANGING // 32 * 30)
 
 
 def check(x, size, groups):
@@ -487,12 +490,13 @@ def launch(direction, tensors, size, alpha, beta, k, groups):
         "ASM": use_asm(),
         # work items are 32-bit and never more than elements, but for the last program's surplus
         "LARGE": x.numel() >= 2**31 - 2**16,
-        "num_warps": warps(THREADS),
     }
+    threads = direction.threads if is_channels_last(x) and max(below, above) <= vec else THREADS
+    constants["num_warps"] = warps(threads)
     if is_channels_last(x) and max(below, above) <= vec:
         vectors = rows * triton.cdiv(channels, vec)
         grid = (triton.cdiv(vectors, direction.vectors),)
-        direction.channels_last[grid](*tensors, vectors, **constants, VEC=vec, BLOCK=THREADS)
+        direction.channels_last[grid](*tensors, vectors, **constants, VEC=vec, BLOCK=threads)
     elif not is_channels_last(x) and max(below, above) <= MAX_HALO:
         chunk = chunk_size(channels)
         grid = (triton.cdiv(rows, THREADS) * triton.cdiv(channels, chunk),)

@@ -5,9 +5,10 @@ kernels move 3.5 MB.  Forward reads x and writes the pooled values and one byte 
 element of x.  Backward reads x, the pooled gradient and the bytes and writes dx: 4.72 bytes.  The normalised
 tensor never exists in memory; backward recomputes it from x, which costs less than reading it would.
 
-An item of work, one thread's, is a few output columns (forward) or 2x2 pixels (backward) of a chunk of channels:
-the 16 bytes that one load brings.  The window over channels lies in registers; the few channels beyond the chunk
-are a second, narrow load that the cache answers.  In NCHW the arithmetic is the same with one load per channel.
+An item of work, one thread's, is an output column (forward) or 2x2 pixels (backward) of a chunk of channels: the 16
+bytes that one load brings.  The window over channels lies in registers; the few channels beyond the chunk are a second,
+narrow load that the cache answers.  In NCHW that would be a load per channel and three times the instructions: there
+kernels/lrn.py and kernels/max_pool.py, one after the other, are faster.
 
 Source: Krizhevsky et al. 2012, sections 3.3 and 3.4.
 """
@@ -21,7 +22,7 @@ import triton.language as tl
 
 from . import window_code
 from .layout import dense, in_layout_of, is_channels_last
-from .lrn import denominators, gradient_terms, load_planes, load_window
+from .lrn import denominators, gradient_terms, load_window
 from .max_pool import gather_2x2
 from .registers import DTYPES, inverse_power, pack, take, unpack, use_asm, vector_width, window_sums
 
@@ -33,35 +34,13 @@ one_hot = triton.constexpr_function(window_code.one_hot)
 
 # ------------------------------------------------------------------------------------------------ channels
 @triton.jit
-def load_neighbourhood(
-    ptr,
-    channel,
-    LEFT: tl.constexpr,
-    RIGHT: tl.constexpr,
-    N: tl.constexpr,
-    GROUP_CHANNELS: tl.constexpr,
-    CHANNEL_STRIDE: tl.constexpr,
-):
-    """Channels [-LEFT, N + RIGHT) around ptr, `channel` of its group, as fp32 tensors; zero outside the group."""
-    if CHANNEL_STRIDE == 1:
-        return load_window(ptr, channel, LEFT, RIGHT, N, GROUP_CHANNELS)
-    else:
-        return load_planes(ptr, channel, -LEFT, N + RIGHT, N, CHANNEL_STRIDE, GROUP_CHANNELS)
-
-
-@triton.jit
-def store_channels(ptr, x, N: tl.constexpr, CHANNEL_STRIDE: tl.constexpr, mask=None):
+def store_channels(ptr, x, N: tl.constexpr, mask=None):
     """Write the last dimension of x, N channels, where mask (None: everywhere) holds."""
-    if CHANNEL_STRIDE == 1:
-        ptr = tl.expand_dims(ptr, -1) + tl.arange(0, N)
-        if mask is None:
-            tl.store(ptr, x)
-        else:
-            tl.store(ptr, x, mask=tl.expand_dims(mask, -1))
+    ptr = tl.expand_dims(ptr, -1) + tl.arange(0, N)
+    if mask is None:
+        tl.store(ptr, x)
     else:
-        values = unpack(x, N)
-        for i in tl.static_range(N):
-            tl.store(ptr + i * CHANNEL_STRIDE, values[i], mask=mask)
+        tl.store(ptr, x, mask=tl.expand_dims(mask, -1))
 
 
 # ------------------------------------------------------------------------------------------------- forward
@@ -129,49 +108,39 @@ def normalised(
     K: tl.constexpr,
     N: tl.constexpr,
     GROUP_CHANNELS: tl.constexpr,
-    CHANNEL_STRIDE: tl.constexpr,
     ASM: tl.constexpr,
 ):
     """LRN of N channels of one pixel, in the last dimension of one fp32 tensor."""
     BELOW: tl.constexpr = SIZE // 2
-    x = load_neighbourhood(x_ptr, channel, BELOW, (SIZE - 1) // 2, N, GROUP_CHANNELS, CHANNEL_STRIDE)
+    x = load_window(x_ptr, channel, BELOW, (SIZE - 1) // 2, N, GROUP_CHANNELS)
     # One tensor from here on: compile time grows with the third power of the number of operations.
     d = pack(denominators(x, N, SIZE, SCALE, K), N)
     return pack(take(x, BELOW, BELOW + N), N) * inverse_power(d, BETA, ASM)
 
 
 @triton.jit
-def row_maxima(
+def row_maximum(
     x_ptr,
     channel,
     ROW: tl.constexpr,
-    COLUMNS: tl.constexpr,
     SIZE: tl.constexpr,
     SCALE: tl.constexpr,
     BETA: tl.constexpr,
     K: tl.constexpr,
     N: tl.constexpr,
     GROUP_CHANNELS: tl.constexpr,
-    CHANNEL_STRIDE: tl.constexpr,
-    PIXEL_STRIDE: tl.constexpr,
+    C: tl.constexpr,
     MODE: tl.constexpr,
     ASM: tl.constexpr,
 ):
-    """The best candidates of row ROW of COLUMNS neighbouring windows, in one flat tuple."""
+    """The best candidate among the three pixels of row ROW of a window."""
     DTYPE: tl.constexpr = x_ptr.dtype.element_ty
-    out = ()
-    for j in tl.static_range(2 * COLUMNS + 1):
-        y = normalised(x_ptr + j * PIXEL_STRIDE, channel, SIZE, SCALE, BETA, K, N, GROUP_CHANNELS, CHANNEL_STRIDE, ASM)
-        if j == 0:
-            best = candidate(y, one_hot(ROW, 0, 3, 3), DTYPE, MODE, ASM)
-        elif j % 2 == 1:
-            best = larger(best, candidate(y, one_hot(ROW, 1, 3, 3), DTYPE, MODE, ASM), MODE)
-        else:
-            last = candidate(y, one_hot(ROW, 2, 3, 3), DTYPE, MODE, ASM)
-            out = out + larger(best, last, MODE)
-            # two windows share every even column: last in one, first in the next
-            best = with_bits_added(last, one_hot(0, 0, 3, 3) - one_hot(0, 2, 3, 3), MODE)
-    return out
+    y = normalised(x_ptr, channel, SIZE, SCALE, BETA, K, N, GROUP_CHANNELS, ASM)
+    best = candidate(y, one_hot(ROW, 0, 3, 3), DTYPE, MODE, ASM)
+    for j in tl.static_range(1, 3):
+        y = normalised(x_ptr + j * C, channel, SIZE, SCALE, BETA, K, N, GROUP_CHANNELS, ASM)
+        best = larger(best, candidate(y, one_hot(ROW, j, 3, 3), DTYPE, MODE, ASM), MODE)
+    return best
 
 
 @triton.jit
@@ -197,10 +166,10 @@ def code_of(c, AFTER_RELU: tl.constexpr, MODE: tl.constexpr):
 # The batch size reaches the kernel only through `items` and `rows`: one compiled kernel serves every batch.
 @triton.jit(do_not_specialize=["items", "rows"])
 def lrn_max_pool_fwd_kernel(
-    x_ptr,  # (N, H, W, C) if CHANNELS_LAST else (N, C, H, W)
-    y_ptr,  # (N, OH, OW, C) or (N, C, OH, OW)
+    x_ptr,  # (N, H, W, C)
+    y_ptr,  # (N, OH, OW, C)
     codes_ptr,  # as y, int8; unused where MODE is "values"
-    items,  # N * cdiv(OH, rows) * cdiv(OW, COLUMNS) * C / VEC
+    items,  # N * cdiv(OH, rows) * OW * C / VEC
     rows,  # of the output, per item
     H: tl.constexpr,
     W: tl.constexpr,
@@ -210,126 +179,51 @@ def lrn_max_pool_fwd_kernel(
     SCALE: tl.constexpr,
     BETA: tl.constexpr,
     K: tl.constexpr,
-    CHANNELS_LAST: tl.constexpr,
     AFTER_RELU: tl.constexpr,
     MODE: tl.constexpr,
     ASM: tl.constexpr,
     VEC: tl.constexpr,  # channels per item
-    COLUMNS: tl.constexpr,  # of the output, per item
     BLOCK: tl.constexpr,  # items per program
 ):
-    """An item rolls down `rows` windows of COLUMNS neighbouring columns; what windows share is computed once."""
+    """An item rolls down `rows` windows of one column; the row that two windows share is computed once."""
     OH: tl.constexpr = (H - 3) // 2 + 1
     OW: tl.constexpr = (W - 3) // 2 + 1
     CV: tl.constexpr = C // VEC
-    STRIPS: tl.constexpr = (OW + COLUMNS - 1) // COLUMNS
-    CHANNEL_STRIDE: tl.constexpr = 1 if CHANNELS_LAST else H * W
-    OUT_CHANNEL_STRIDE: tl.constexpr = 1 if CHANNELS_LAST else OH * OW
-    PIXEL_STRIDE: tl.constexpr = C if CHANNELS_LAST else 1
-    PARTS: tl.constexpr = 2 if MODE == "pairs" else 1
     DTYPE: tl.constexpr = y_ptr.dtype.element_ty
 
-    # Clamped items repeat the last one, and the last strip and block of rows overlap their neighbours: equal values
-    # are written twice.  A mask on `items` would turn 16-byte loads into 2-byte ones.
+    # Clamped items repeat the last one, and the last block of rows overlaps its neighbour: equal values are written
+    # twice.  A mask on `items` would turn 16-byte loads into 2-byte ones.
     item = tl.minimum(tl.program_id(0) * BLOCK + tl.arange(0, BLOCK), items - 1)
     blocks = (OH + rows - 1) // rows
+    cv = item % CV
+    column = item // CV % OW
+    block = item // (CV * OW) % blocks
     # an image has fewer than 2^31 elements, a batch may have more
-    if CHANNELS_LAST:
-        cv = item % CV
-        strip = item // CV % STRIPS
-        block = item // (CV * STRIPS) % blocks
-        n = (item // (CV * STRIPS) // blocks).to(tl.int64)
-        row = tl.minimum(block * rows, OH - rows)
-        column = tl.minimum(strip * COLUMNS, OW - COLUMNS)
-        # VEC is the last factor: the compiler sees that it divides the offsets, and loads 16 bytes
-        x_ptr += (((n * H + 2 * row) * W + 2 * column) * CV + cv) * VEC
-        out = (((n * OH + row) * OW + column) * CV + cv) * VEC
-    else:
-        strip = item % STRIPS
-        block = item // STRIPS % blocks
-        cv = item // STRIPS // blocks % CV
-        n = (item // STRIPS // blocks // CV).to(tl.int64)
-        row = tl.minimum(block * rows, OH - rows)
-        column = tl.minimum(strip * COLUMNS, OW - COLUMNS)
-        x_ptr += (n * C + cv * VEC) * (H * W) + (2 * row * W + 2 * column)
-        out = (n * C + cv * VEC) * (OH * OW) + (row * OW + column)
+    n = (item // (CV * OW) // blocks).to(tl.int64)
+    row = tl.minimum(block * rows, OH - rows)
+    # VEC is the last factor: the compiler sees that it divides the offsets, and loads 16 bytes
+    x_ptr += (((n * H + 2 * row) * W + 2 * column) * CV + cv) * VEC
+    out = (((n * OH + row) * OW + column) * CV + cv) * VEC
     y_ptr += out
     codes_ptr += out
     channel = cv * VEC % GROUP_CHANNELS
 
-    top = row_maxima(
-        x_ptr,
-        channel, 0, COLUMNS, SIZE, SCALE, BETA, K, VEC, GROUP_CHANNELS, CHANNEL_STRIDE, PIXEL_STRIDE, MODE, ASM
-    )  # fmt: skip
+    top = row_maximum(x_ptr, channel, 0, SIZE, SCALE, BETA, K, VEC, GROUP_CHANNELS, C, MODE, ASM)
     for _ in range(rows):
-        middle = row_maxima(
-            x_ptr + W * PIXEL_STRIDE,
-            channel, 1, COLUMNS, SIZE, SCALE, BETA, K, VEC, GROUP_CHANNELS, CHANNEL_STRIDE, PIXEL_STRIDE, MODE, ASM
-        )  # fmt: skip
-        bottom = row_maxima(
-            x_ptr + 2 * W * PIXEL_STRIDE,
-            channel, 2, COLUMNS, SIZE, SCALE, BETA, K, VEC, GROUP_CHANNELS, CHANNEL_STRIDE, PIXEL_STRIDE, MODE, ASM
-        )  # fmt: skip
-        following = ()
-        for j in tl.static_range(COLUMNS):
-            first = take(top, PARTS * j, PARTS * j + PARTS)
-            last = take(bottom, PARTS * j, PARTS * j + PARTS)
-            best = larger(larger(first, take(middle, PARTS * j, PARTS * j + PARTS), MODE), last, MODE)
-            store_channels(y_ptr + j * PIXEL_STRIDE, value_of(best, DTYPE, MODE), VEC, OUT_CHANNEL_STRIDE)
-            if MODE != "values":
-                code = code_of(best, AFTER_RELU, MODE)
-                store_channels(codes_ptr + j * PIXEL_STRIDE, code, VEC, OUT_CHANNEL_STRIDE)
-            # two windows share every even row, too
-            following = following + with_bits_added(last, one_hot(0, 0, 3, 3) - one_hot(2, 0, 3, 3), MODE)
-        top = following
-        x_ptr += 2 * W * PIXEL_STRIDE
-        y_ptr += OW * PIXEL_STRIDE
-        codes_ptr += OW * PIXEL_STRIDE
+        middle = row_maximum(x_ptr + W * C, channel, 1, SIZE, SCALE, BETA, K, VEC, GROUP_CHANNELS, C, MODE, ASM)
+        bottom = row_maximum(x_ptr + 2 * W * C, channel, 2, SIZE, SCALE, BETA, K, VEC, GROUP_CHANNELS, C, MODE, ASM)
+        best = larger(larger(top, middle, MODE), bottom, MODE)
+        store_channels(y_ptr, value_of(best, DTYPE, MODE), VEC)
+        if MODE != "values":
+            store_channels(codes_ptr, code_of(best, AFTER_RELU, MODE), VEC)
+        # the last row of this window is the first of the next
+        top = with_bits_added(bottom, one_hot(0, 0, 3, 3) - one_hot(2, 0, 3, 3), MODE)
+        x_ptr += 2 * W * C
+        y_ptr += OW * C
+        codes_ptr += OW * C
 
 
 # ------------------------------------------------------------------------------------------------ backward
-@triton.jit
-def gather_planes(
-    grad_ptr,
-    codes_ptr,
-    channel,
-    above,
-    below,
-    left,
-    right,
-    START: tl.constexpr,
-    STOP: tl.constexpr,
-    GROUP_CHANNELS: tl.constexpr,
-    CHANNEL_STRIDE: tl.constexpr,
-    OW: tl.constexpr,
-    ASM: tl.constexpr,
-):
-    """`gather_2x2` of the channels [START, STOP) around `channel` in NCHW; zero outside the group."""
-    p00 = ()
-    p01 = ()
-    p10 = ()
-    p11 = ()
-    for i in tl.static_range(START, STOP):
-        inside = (channel + i >= 0) & (channel + i < GROUP_CHANNELS)
-        a, b, c, d = gather_2x2(
-            grad_ptr + i * CHANNEL_STRIDE,
-            codes_ptr + i * CHANNEL_STRIDE,
-            above & inside,
-            below & inside,
-            left,
-            right,
-            OW,
-            1,
-            1,
-            ASM,
-        )
-        p00 = p00 + a
-        p01 = p01 + b
-        p10 = p10 + c
-        p11 = p11 + d
-    return p00, p01, p10, p11
-
-
 @triton.jit
 def with_neighbours(t, channel, LEFT: tl.constexpr, RIGHT: tl.constexpr, N: tl.constexpr, GROUP_CHANNELS: tl.constexpr):
     """LEFT channels from the previous lane (dimension 1), the lane's N, RIGHT from the next; zero outside the group."""
@@ -357,42 +251,35 @@ def lrn_gradient(
     K: tl.constexpr,
     N: tl.constexpr,
     GROUP_CHANNELS: tl.constexpr,
-    CHANNEL_STRIDE: tl.constexpr,
-    SHUFFLE: tl.constexpr,
     ASM: tl.constexpr,
 ):
     """Gradient of N channels of one pixel (kernels/lrn.py has the formula), in the last dimension of one tensor.
 
-    g: the gradients of the normalised values, of N channels if SHUFFLE; otherwise with the halo of the adjoint
-    window, (SIZE - 1) // 2 channels down and SIZE // 2 up.
+    g: the gradients of their normalised values.
     """
     BELOW: tl.constexpr = SIZE // 2
     ABOVE: tl.constexpr = (SIZE - 1) // 2
-    LEFT: tl.constexpr = 0 if SHUFFLE else ABOVE
-    RIGHT: tl.constexpr = 0 if SHUFFLE else BELOW
-    M: tl.constexpr = LEFT + N + RIGHT
-    x = load_neighbourhood(x_ptr, channel, LEFT + BELOW, RIGHT + ABOVE, N, GROUP_CHANNELS, CHANNEL_STRIDE)
-    d = denominators(x, M, SIZE, SCALE, K)
+    x = load_window(x_ptr, channel, BELOW, ABOVE, N, GROUP_CHANNELS)
+    d = denominators(x, N, SIZE, SCALE, K)
     us = ()
     ts = ()
-    for i in tl.static_range(M):
+    for i in tl.static_range(N):
         u, t = gradient_terms(g[i], x[BELOW + i], d[i], BETA, ASM)
         us = us + (u,)
         ts = ts + (t,)
-    if SHUFFLE:
-        ts = with_neighbours(ts, channel, ABOVE, BELOW, N, GROUP_CHANNELS)
-    sums = window_sums(ts, N, SIZE)
+    # the adjoint window reaches ABOVE channels down and BELOW channels up
+    sums = window_sums(with_neighbours(ts, channel, ABOVE, BELOW, N, GROUP_CHANNELS), N, SIZE)
     dx = ()
-    for i in tl.static_range(LEFT, LEFT + N):
-        dx = dx + (us[i] - (x[BELOW + i] * (2 * SCALE * BETA)) * sums[i - LEFT],)
+    for i in tl.static_range(N):
+        dx = dx + (us[i] - (x[BELOW + i] * (2 * SCALE * BETA)) * sums[i],)
     return pack(dx, N)
 
 
 @triton.jit(do_not_specialize=["items"])
 def lrn_max_pool_bwd_kernel(
-    grad_ptr,  # (N, OH, OW, C) if CHANNELS_LAST else (N, C, OH, OW)
+    grad_ptr,  # (N, OH, OW, C)
     codes_ptr,  # as grad, int8
-    x_ptr,  # (N, H, W, C) or (N, C, H, W)
+    x_ptr,  # (N, H, W, C)
     dx_ptr,  # as x
     partials_ptr,  # (N * cdiv(H, 2) / ROWS * cdiv(W, 2), C) fp32; unused unless PARTIALS
     items,  # N * cdiv(H, 2) / ROWS * cdiv(W, 2) * C / VEC
@@ -404,7 +291,6 @@ def lrn_max_pool_bwd_kernel(
     SCALE: tl.constexpr,
     BETA: tl.constexpr,
     K: tl.constexpr,
-    CHANNELS_LAST: tl.constexpr,
     PARTIALS: tl.constexpr,
     ASM: tl.constexpr,
     VEC: tl.constexpr,  # channels per item
@@ -414,47 +300,33 @@ def lrn_max_pool_bwd_kernel(
 ):
     """An item is 2x2 pixels, ROWS times: the four pooling windows above them, then LRN backward of each pixel.
 
-    channels_last: neighbouring lanes hold neighbouring channels and hand each other the halo of the adjoint window
-    by shuffles, 30.5 instructions per element where recomputing it takes 37.  The outer lanes of a warp only feed.
+    Neighbouring lanes hold neighbouring channels and hand each other the halo of the adjoint window by shuffles, 30.5
+    instructions per element where recomputing it takes 37.  The outer lanes of a warp only feed.
     """
     OH: tl.constexpr = (H - 3) // 2 + 1
     OW: tl.constexpr = (W - 3) // 2 + 1
     CV: tl.constexpr = C // VEC
     PAIRS: tl.constexpr = (W + 1) // 2
     BLOCKS: tl.constexpr = (H + 1) // 2 // ROWS
-    CHANNEL_STRIDE: tl.constexpr = 1 if CHANNELS_LAST else H * W
-    PIXEL_STRIDE: tl.constexpr = C if CHANNELS_LAST else 1
 
     lane = tl.expand_dims(tl.arange(0, LANES), 0)
     warp = tl.expand_dims(tl.program_id(0) * WARPS + tl.arange(0, WARPS), 1)
-    if CHANNELS_LAST:
-        position = warp * (LANES - 2) - 1 + lane
-        item = tl.minimum(tl.maximum(position, 0), items - 1)
-        mine = (position < items) & (lane > 0) & (lane < LANES - 1)
-        cv = item % CV
-        j = item // CV % PAIRS
-        block = item // (CV * PAIRS) % BLOCKS
-        n = (item // (CV * PAIRS * BLOCKS)).to(tl.int64)
-        i = block * ROWS
-        pixel = (((n * H + 2 * i) * W + 2 * j) * CV + cv) * VEC
-        window = (((n * OH + i) * OW + j) * CV + cv) * VEC
-    else:
-        # clamped items repeat the last one and write equal values
-        item = tl.minimum(warp * LANES + lane, items - 1)
-        mine = item >= 0
-        j = item % PAIRS
-        block = item // PAIRS % BLOCKS
-        cv = item // (PAIRS * BLOCKS) % CV
-        n = (item // (PAIRS * BLOCKS * CV)).to(tl.int64)
-        i = block * ROWS
-        pixel = (n * C + cv * VEC) * (H * W) + (2 * i * W + 2 * j)
-        window = (n * C + cv * VEC) * (OH * OW) + (i * OW + j)
+    position = warp * (LANES - 2) - 1 + lane
+    item = tl.minimum(tl.maximum(position, 0), items - 1)
+    mine = (position < items) & (lane > 0) & (lane < LANES - 1)
+    cv = item % CV
+    j = item // CV % PAIRS
+    block = item // (CV * PAIRS) % BLOCKS
+    n = (item // (CV * PAIRS * BLOCKS)).to(tl.int64)
+    i = block * ROWS
+    pixel = (((n * H + 2 * i) * W + 2 * j) * CV + cv) * VEC
+    window = (((n * OH + i) * OW + j) * CV + cv) * VEC
     channel = cv * VEC % GROUP_CHANNELS
     left = j > 0
     right = j < OW
     second_column = 2 * j + 1 < W
     # Where a pixel lies outside the image, its neighbour stands in: no window reaches it, nothing is stored.
-    to_second_column = second_column.to(tl.int32) * PIXEL_STRIDE
+    to_second_column = second_column.to(tl.int32) * C
     x_ptr += pixel
     dx_ptr += pixel
     grad_ptr += window
@@ -462,69 +334,63 @@ def lrn_max_pool_bwd_kernel(
     total = tl.zeros([WARPS, LANES, VEC], tl.float32)
     for _ in range(ROWS):
         second_row = 2 * i + 1 < H
-        if CHANNELS_LAST:
-            p00, p01, p10, p11 = gather_2x2(grad_ptr, codes_ptr, i > 0, i < OH, left, right, OW * C, C, VEC, ASM)
-        else:
-            p00, p01, p10, p11 = gather_planes(
-                grad_ptr, codes_ptr, channel, i > 0, i < OH, left, right,
-                -((SIZE - 1) // 2), VEC + SIZE // 2, GROUP_CHANNELS, OH * OW, OW, ASM
-            )  # fmt: skip
+        p00, p01, p10, p11 = gather_2x2(grad_ptr, codes_ptr, i > 0, i < OH, left, right, OW * C, C, VEC, ASM)
         gradients = (p00, p01, p10, p11)
-        to_second_row = second_row.to(tl.int32) * (W * PIXEL_STRIDE)
+        to_second_row = second_row.to(tl.int32) * (W * C)
         for p in tl.static_range(4):
             source = x_ptr
             target = dx_ptr
             stored = mine
             if p % 2 == 1:
                 source += to_second_column
-                target += PIXEL_STRIDE
+                target += C
                 stored = stored & second_column
             if p // 2 == 1:
                 source += to_second_row
-                target += W * PIXEL_STRIDE
+                target += W * C
                 stored = stored & second_row
-            dx = lrn_gradient(
-                source, gradients[p], channel,
-                SIZE, SCALE, BETA, K, VEC, GROUP_CHANNELS, CHANNEL_STRIDE, CHANNELS_LAST, ASM
-            )  # fmt: skip
+            dx = lrn_gradient(source, gradients[p], channel, SIZE, SCALE, BETA, K, VEC, GROUP_CHANNELS, ASM)
             if PARTIALS:
                 total += dx
-            store_channels(target, dx.to(dx_ptr.dtype.element_ty), VEC, CHANNEL_STRIDE, stored)
+            store_channels(target, dx.to(dx_ptr.dtype.element_ty), VEC, stored)
         i += 1
-        x_ptr += 2 * W * PIXEL_STRIDE
-        dx_ptr += 2 * W * PIXEL_STRIDE
-        grad_ptr += OW * PIXEL_STRIDE
-        codes_ptr += OW * PIXEL_STRIDE
+        x_ptr += 2 * W * C
+        dx_ptr += 2 * W * C
+        grad_ptr += OW * C
+        codes_ptr += OW * C
     if PARTIALS:
         row = (n * BLOCKS + block) * PAIRS + j
         partials_ptr += (row * CV + cv) * VEC
         totals = unpack(total, VEC)
         # 16 bytes at a time: eight fp32 channels would change lanes, through shared memory
         for k in tl.static_range(0, VEC, 4):
-            store_channels(partials_ptr + k, pack(take(totals, k, k + 4), 4), 4, 1, mine)
+            store_channels(partials_ptr + k, pack(take(totals, k, k + 4), 4), 4, mine)
 
 
 # ------------------------------------------------------------------------------------------------ launch
 # Lanes of a warp: 64 on AMD's datacentre GPUs.
 LANES = 64 if torch.version.hip else 32
-# An H100 holds about ten warps of the forward kernel on each of 132 multiprocessors; fewer leave it idle.
-ENOUGH_WARPS = 1280
-# Bias partials are written once and read once: each way at most this share of what backward moves anyway.
-PARTIALS_SHARE = 0.02
+# 23 warps of the forward kernel for each of 132 multiprocessors: with fewer, an H100 waits for memory (conv1 at batch
+# 128: 49 us with 3,888 warps, 54 with 2,592, 68 with 1,296).
+ENOUGH_WARPS = 3072
+# Row pairs of an item of the backward kernel are halved no further than that.
+ENOUGH_BACKWARD_WARPS = 1280
+# Bias partials are written once and read once: each way at most this share of what backward moves anyway.  Longer
+# items would have fewer, and take longer than writing them (conv1 at batch 128: 105 us with 4 pairs of rows, 126 with
+# 14).
+PARTIALS_SHARE = 0.06
 
 
 @dataclass(frozen=True)
 class ForwardConfig:
     """How lrn_max_pool_fwd is cut into programs.
 
-    columns, rows: of the output, per item.  2 * columns + 1 of 2 * columns pixels are computed, and likewise for the
-    rows, so large items compute little twice (fp16 on sm_90: 20, 17, 16 instructions per element with 1, 2, 3
-    columns), but hold more in registers (54, 72, 112).
+    rows: of the output, per item; 2 * rows + 1 of 2 * rows rows of x are computed.  One warp per program: its
+    registers are free for another as soon as it ends.
     """
 
-    columns: int
     rows: int
-    warps: int = 4
+    warps: int = 1
 
 
 @dataclass(frozen=True)
@@ -532,31 +398,26 @@ class BackwardConfig:
     """How lrn_max_pool_bwd is cut into programs.
 
     rows: pairs of input rows per item, a divisor of cdiv(H, 2).  More than one pays only for bias partials, whose
-    size it divides.
+    size it divides.  One warp per program: the exchange of the halo then waits for no other (Triton 3.6 sends it
+    through shared memory; 80 us for conv1 at batch 128, 110 with four warps).
     """
 
     rows: int = 1
-    warps: int = 4
+    warps: int = 1
 
 
 @functools.lru_cache
-def forward_config(batch, chunks, out_height, out_width, most_columns=3):
+def forward_config(batch, chunks, out_height, out_width):
     """The cheapest cut that still makes ENOUGH_WARPS, or the finest one.  chunks: of channels, per pixel."""
-    best = ForwardConfig(columns=1, rows=1)
-    lowest = None
-    for columns in range(1, min(most_columns, out_width) + 1):
-        strips = triton.cdiv(out_width, columns)
-        for blocks in range(1, out_height + 1):
-            rows = triton.cdiv(out_height, blocks)
-            cost = strips * (2 * columns + 1) * blocks * (2 * rows + 1)
-            if batch * chunks * strips * blocks >= 32 * ENOUGH_WARPS and (lowest is None or cost < lowest):
-                best, lowest = ForwardConfig(columns, rows), cost
-    return best
+    cuts = [triton.cdiv(out_height, blocks) for blocks in range(1, out_height + 1)]
+    enough = [r for r in cuts if batch * chunks * out_width * triton.cdiv(out_height, r) >= 32 * ENOUGH_WARPS]
+    # a row that two items share is computed by both
+    return ForwardConfig(min(enough, key=lambda rows: triton.cdiv(out_height, rows) * (2 * rows + 1), default=1))
 
 
 @functools.lru_cache
 def backward_config(batch, chunks, height, width, element_size, bias_partials):
-    """One row pair per item; with bias partials as many as keep them within their share and still make ENOUGH_WARPS."""
+    """One row pair per item; with bias partials as many as keep them within their share and still fill the GPU."""
     pairs = triton.cdiv(height, 2)
     # bytes per channel of an item and a row pair: four pixels of x and dx, one window and its code
     moved = 4 * 2 * element_size + element_size + 1
@@ -565,7 +426,7 @@ def backward_config(batch, chunks, height, width, element_size, bias_partials):
         if not bias_partials or moved * rows * PARTIALS_SHARE >= 4:
             break
         items = batch * chunks * triton.cdiv(width, 2) * pairs // divisor
-        if pairs % divisor == 0 and items >= 32 * ENOUGH_WARPS:
+        if pairs % divisor == 0 and items >= 32 * ENOUGH_BACKWARD_WARPS:
             rows = divisor
     return BackwardConfig(rows)
 
@@ -593,6 +454,8 @@ def unsupported(x, size, groups=1, kernel_size=(3, 3), stride=(2, 2)):
         return f"{channels} channels in {groups} groups: channels per group are no multiple of {vector}"
     if channels * height * width >= 2**31:
         return f"an image of {channels}x{height}x{width} has 2^31 elements or more"
+    if not is_channels_last(x):
+        return "x is not channels_last"
     return None
 
 
@@ -615,37 +478,35 @@ def constants(x, size, alpha, beta, k, groups):
         "SCALE": float(alpha) / size,
         "BETA": float(beta),
         "K": float(k),
-        "CHANNELS_LAST": is_channels_last(x),
         "VEC": vector_width(x.dtype),
         "ASM": use_asm(),
     }
 
 
 def pooled_like(x, dtype):
-    """An uninitialised tensor of one element per window, in the layout of x."""
+    """An uninitialised tensor of one element per window, channels_last."""
     batch, channels, height, width = x.shape
-    layout = torch.channels_last if is_channels_last(x) else torch.contiguous_format
     shape = (batch, channels, (height - 3) // 2 + 1, (width - 3) // 2 + 1)
-    return torch.empty(shape, dtype=dtype, device=x.device, memory_format=layout)
+    return torch.empty(shape, dtype=dtype, device=x.device, memory_format=torch.channels_last)
 
 
 def lrn_max_pool_fwd(x, size, alpha, beta, k, *, groups=1, after_relu=False, codes=True, config=None):
     """max_pool2d(local_response_norm(x, size, alpha, beta, k), 3, 2), and the codes of the maxima, in one pass.
 
-    x: (N, C, H, W) in fp16, bf16 or fp32, H and W at least 3, C / groups a multiple of 8 (fp32: 4).  channels_last
-    and contiguous memory is read in place, anything else copied to the nearer of the two first.  The normalised
-    values are rounded to the dtype of x before they are compared: the result is that of the two operators apart.
+    x: (N, C, H, W) in fp16, bf16 or fp32, channels_last (strided and expanded tensors are copied to that first), H and
+    W at least 3, C / groups a multiple of 8 (fp32: 4).  The normalised values are rounded to the dtype of x before they
+    are compared: the result is that of the two operators apart.
 
     after_relu: x holds no negative number (NaN is fine).  In 16 bit that enables a comparison in one instruction;
     in every dtype a window whose maximum is 0 gets the dead code, so that backward includes the ReLU's mask.
     codes=False computes the values only.
 
-    Returns y and codes (int8, window_code.py; or None), both (N, C, (H - 3) // 2 + 1, (W - 3) // 2 + 1) in the
-    memory format of x.  The first maximum of a window wins.  The last NaN wins, as in PyTorch, but with
+    Returns y and codes (int8, window_code.py; or None), both (N, C, (H - 3) // 2 + 1, (W - 3) // 2 + 1) in
+    channels_last.  The first maximum of a window wins.  The last NaN wins, as in PyTorch, but with
     after_relu in 16 bit the first.  Raises ValueError for what `unsupported` names.
     """
-    check(x, size, groups)
     x = dense(x)
+    check(x, size, groups)
     y = pooled_like(x, x.dtype)
     code = pooled_like(x, torch.int8) if codes else None
     if y.numel() == 0:
@@ -659,12 +520,9 @@ def lrn_max_pool_fwd(x, size, alpha, beta, k, *, groups=1, after_relu=False, cod
         mode = "packed"
     else:
         mode = "pairs"
-    if config is None:
-        # Three columns of eight pairs would not fit in the registers, and in NCHW take a minute to compile.
-        wide = is_channels_last(x) and (mode != "pairs" or shared["VEC"] == 4)
-        config = forward_config(batch, chunks, out_height, out_width, 3 if wide else 2)
-    rows, columns = min(config.rows, out_height), min(config.columns, out_width)
-    items = batch * chunks * triton.cdiv(out_height, rows) * triton.cdiv(out_width, columns)
+    config = config or forward_config(batch, chunks, out_height, out_width)
+    rows = min(config.rows, out_height)
+    items = batch * chunks * triton.cdiv(out_height, rows) * out_width
     block = config.warps * LANES
     lrn_max_pool_fwd_kernel[(triton.cdiv(items, block),)](
         x,
@@ -675,7 +533,6 @@ def lrn_max_pool_fwd(x, size, alpha, beta, k, *, groups=1, after_relu=False, cod
         **shared,
         AFTER_RELU=after_relu,
         MODE=mode,
-        COLUMNS=columns,
         BLOCK=block,
         num_warps=config.warps,
     )
@@ -690,11 +547,12 @@ def lrn_max_pool_bwd(grad, codes, x, size, alpha, beta, k, *, groups=1, bias_par
     by x > 0: where x > 0 but its normalised value is rounded to 0 (x below 3e-8 * k**beta in fp16), the gradient that
     pooling sends to it is lost.
 
-    Returns dx in the shape, dtype and memory format of x; with bias_partials also a tensor (P, C) in fp32 whose
+    Returns dx in the shape and dtype of x, channels_last; with bias_partials also a tensor (P, C) in fp32 whose
     sum over P is the sum of dx, before rounding, over batch and image: the gradient of the bias that was added
     before the ReLU.  Deterministic: a gather without atomics.  Raises ValueError for what `unsupported` names and for a
     grad or codes that do not belong to x.
     """
+    x = dense(x)
     check(x, size, groups)
     batch, channels, height, width = x.shape
     pooled = (batch, channels, (height - 3) // 2 + 1, (width - 3) // 2 + 1)
@@ -702,13 +560,8 @@ def lrn_max_pool_bwd(grad, codes, x, size, alpha, beta, k, *, groups=1, bias_par
         raise ValueError(f"grad must be {pooled} in {x.dtype}, got {tuple(grad.shape)} in {grad.dtype}")
     if codes.shape != pooled or codes.dtype != torch.int8:
         raise ValueError(f"codes must be {pooled} in torch.int8, got {tuple(codes.shape)} in {codes.dtype}")
-    x = dense(x)
     dx = torch.empty_like(x)
     shared = constants(x, size, alpha, beta, k, groups)
-    if not shared["CHANNELS_LAST"] and shared["GROUP_CHANNELS"] % 8 == 0:
-        # Planes need no vectors, and the recomputed halo weighs less beside eight channels than beside the four of
-        # fp32: 43 instructions per element against 58.
-        shared["VEC"] = 8
     chunks = channels // shared["VEC"]
     if config is None:
         config = backward_config(batch, chunks, height, width, x.element_size(), bias_partials)
@@ -718,9 +571,8 @@ def lrn_max_pool_bwd(grad, codes, x, size, alpha, beta, k, *, groups=1, bias_par
     item_rows = batch * (pairs // config.rows) * triton.cdiv(width, 2)
     partials = torch.empty((item_rows, channels), dtype=torch.float32, device=x.device) if bias_partials else None
     if x.numel() > 0:
-        storing = LANES - 2 if shared["CHANNELS_LAST"] else LANES
         items = item_rows * chunks
-        lrn_max_pool_bwd_kernel[(triton.cdiv(items, config.warps * storing),)](
+        lrn_max_pool_bwd_kernel[(triton.cdiv(items, config.warps * (LANES - 2)),)](
             in_layout_of(x, grad),
             in_layout_of(x, codes),
             x,

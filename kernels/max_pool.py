@@ -742,8 +742,8 @@ class Window:
         )
         return self.padding == (0, 0) and all(end < length for end, length in zip(ends, size, strict=True))
 
-    def output_size(self, size: Pair, ceil_mode: bool) -> Pair:
-        """How many windows fit; with ceil_mode also partial ones that start inside the input or its left padding."""
+    def windows(self, size: Pair, ceil_mode: bool) -> Pair:
+        """How many fit, 0 or less if none; with ceil_mode also those that start inside input or left padding."""
         out = []
         for length, kernel, stride, padding, dilation in zip(
             size, self.kernel_size, self.stride, self.padding, self.dilation, strict=True
@@ -753,12 +753,17 @@ class Window:
             if ceil_mode and (windows - 1) * stride >= length + padding:
                 windows -= 1
             out.append(windows)
+        return out[0], out[1]
+
+    def output_size(self, size: Pair, ceil_mode: bool) -> Pair:
+        """`windows`.  Raises ValueError where none fits."""
+        out = self.windows(size, ceil_mode)
         if min(out) < 1:
             raise ValueError(
                 f"max_pool: no window fits: input size {size}, kernel_size {self.kernel_size}, "
-                f"padding {self.padding}, dilation {self.dilation} give output size {tuple(out)}"
+                f"padding {self.padding}, dilation {self.dilation} give output size {out}"
             )
-        return out[0], out[1]
+        return out
 
 
 def channels_per_access(x: Tensor) -> int:
@@ -851,7 +856,7 @@ def max_pool_fwd(
 def check_codes(codes: Tensor, input_size: Pair, window: Window) -> None:
     if codes.dim() != 4 or codes.dtype != torch.int8:
         raise ValueError(f"max_pool: codes must be int8 (N, C, OH, OW), got {codes.dtype} {tuple(codes.shape)}")
-    sizes = {window.output_size(input_size, ceil_mode) for ceil_mode in (False, True)}
+    sizes = {window.windows(input_size, ceil_mode) for ceil_mode in (False, True)}
     if tuple(codes.shape[2:]) not in sizes:
         raise ValueError(
             f"max_pool: codes of shape {tuple(codes.shape)} do not belong to input_size {input_size}: "

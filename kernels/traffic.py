@@ -6,6 +6,7 @@ programs that share a line run far apart.  Images have the layer's full size; ma
 """
 
 import contextlib
+from dataclasses import replace
 
 import numpy as np
 from triton.runtime.interpreter import InterpreterBuilder
@@ -81,22 +82,26 @@ def cut_as_in_a_batch():
     """One image is cut into programs as an image of catalog.BATCH is: partial sums are then as many, per image."""
     thresholds = [
         (lrn_max_pool, "ENOUGH_WARPS"),
+        (lrn_max_pool, "ENOUGH_BACKWARD_WARPS"),
         (max_pool, "MANY_PROGRAMS"),
         (relu_bias_grad, "MAX_PARTIALS"),
     ]
     originals = [getattr(module, name) for module, name in thresholds]
-    configs = (lrn_max_pool.forward_config, lrn_max_pool.backward_config)
+    configs = {name: getattr(lrn_max_pool, name) for name in ("forward_config", "backward_config")}
     try:
         for module, name in thresholds:
             setattr(module, name, max(1, getattr(module, name) // catalog.BATCH))
-        for config in configs:
+        for name, config in configs.items():
             config.cache_clear()
+            # the interpreter takes as long for a program of 32 warps as for one of a single warp
+            setattr(lrn_max_pool, name, lambda *cut, config=config: replace(config(*cut), warps=32))
         yield
     finally:
         for (module, name), original in zip(thresholds, originals, strict=True):
             setattr(module, name, original)
-        for config in configs:
+        for name, config in configs.items():
             config.cache_clear()
+            setattr(lrn_max_pool, name, config)
 
 
 def sectors(elements, size):

@@ -11,12 +11,14 @@ import pytest
 pytest.importorskip("tyro")
 pytest.importorskip("torchvision")
 
+import torch
 from PIL import Image
 
 from fastalex import cli
 from fastalex.alexnet import VARIANTS
 from fastalex.data import fashion_mnist, photos
 from fastalex.training import recipes
+from fastalex.visualize import console, figures
 
 
 def error_of(capsys, *arguments):
@@ -322,3 +324,29 @@ def test_experiments(name, options, row, capsys, tmp_path):
         assert all((tmp_path / file).is_file() for file in ("results.json", "table.md", "figure.png"))
     assert "seed 1:" not in text
     assert "other settings" in error_of(capsys, *arguments, "--seeds", "2", *options)
+
+
+@pytest.mark.parametrize("name", ["v1 [/old]", "x[bold]y", "a [red]", ":smile:", "$x_$ y$"])
+def test_names_are_no_markup(name, trained, capsys, tmp_path):
+    """In paths of pictures and results, in the terminal and in figures."""
+    folder = tmp_path / name
+    folder.mkdir(parents=True)
+    path = folder / f"{name.replace('/', '')}.png"
+    Image.new("RGB", (80, 80)).save(path)
+    cli.main(["predict", str(path), "--weights", str(trained / "model.safetensors"), "--out", str(folder / "out.png")])
+    text = "".join(capsys.readouterr().out.split("\n"))
+    assert f"wrote {folder / 'out.png'}" in text
+    assert (folder / "out.png").is_file()
+
+
+def test_classes_are_no_markup(capsys, tmp_path):
+    names = ("[/red]", "[bold]cat[/]", "$x_{$", "a|b")
+    confusion = torch.arange(16).view(4, 4)
+    console.print_classes(confusion, names)
+    console.print_predictions(["a [/b].jpg"], torch.tensor([[0.1, 0.2, 0.3, 0.4]]), names)
+    text = capsys.readouterr().out
+    for name in (*names, "a [/b].jpg"):
+        assert name in text
+    figures.confusion_matrix(confusion, names, tmp_path / "confusion.png")
+    pictures = torch.zeros(3, 8, 8, dtype=torch.uint8)
+    figures.predictions([pictures], ["$a_$ b$.jpg"], torch.tensor([[0.1, 0.2, 0.3, 0.4]]), names, tmp_path / "p.png")

@@ -18,7 +18,7 @@ from fastalex import functional as F
 from fastalex.dispatch import Candidate, Measurement, Operation
 from fastalex.ops import conv_candidates
 from fastalex.ops.conv_candidates import CONV2D_RELU
-from fastalex.ops.explanation import operator_calls
+from fastalex.ops.explanation import dispatched, operator_calls
 from fastalex.tuning import tune_model
 
 
@@ -42,6 +42,7 @@ DOUBLING = Operation(
         "wrong": Candidate("wrong", lambda x: 3 * x, yes),
         "poisoned": Candidate("poisoned", lambda x: x * torch.nan, yes),
         "failing": Candidate("failing", fail, yes),
+        "deaf": Candidate("deaf", lambda x: (x + x).nan_to_num(0.0), yes),
         "flat": Candidate("flat", lambda x: (x + x).flatten(), yes),
     },
     lambda x: ["library"],
@@ -340,6 +341,71 @@ class Convolution(nn.Module):
         return F.conv2d_relu(x, w)
 
 
+# ---- the table that ships
+
+
+def shipped(monkeypatch, folder, measured, where="cpu, torch 9, triton 9, cuDNN 9"):
+    """As if measurements for this architecture lay beside the package."""
+    (folder / "tables").mkdir()
+    dispatch.merge(folder / "tables" / "cpu.json", where, measured)
+    monkeypatch.setattr(dispatch, "__file__", str(folder / "dispatch.py"))
+    dispatch.shipped_table.cache_clear()
+    dispatch.forget()
+
+
+@pytest.fixture
+def no_shipped_table_remains():
+    yield
+    dispatch.shipped_table.cache_clear()
+
+
+@pytest.mark.usefixtures("no_shipped_table_remains")
+def test_what_ships_is_asked_below_the_users_own_table(monkeypatch, tmp_path):
+    x = torch.ones(2, 5)
+    shipped(monkeypatch, tmp_path, {key_of(x): fast("product")})
+    choice = dispatch.choose(DOUBLING, x)
+    assert choice.candidate.name == "product"
+    assert choice.reason == "shipped measurement at batch 3, in ms: product 1, library 2"
+    # too tall for that candidate: the default, and why
+    key = key_of(torch.ones(8, 5))
+    assert key == key_of(x)
+    assert (
+        "shipped measurement as fastest, but product: needs at most"
+        in dispatch.choose(DOUBLING, torch.ones(8, 5)).reason
+    )
+    dispatch.save(HERE, {key_of(x): fast("library")})
+    assert dispatch.choose(DOUBLING, x).reason.startswith("measured at batch 3")
+
+
+@pytest.mark.usefixtures("no_shipped_table_remains")
+def test_another_layer_or_architecture_finds_nothing_shipped(monkeypatch, tmp_path):
+    shipped(monkeypatch, tmp_path, {key_of(torch.ones(2, 6)): fast("product")})
+    assert chosen(torch.ones(2, 5)) == "library"
+    assert dispatch.shipped_table("sm_42") == {}
+
+
+def test_the_table_of_sm_90_serves_alexnet():
+    """Every entry names a candidate that exists, none that nobody has seen keep a NaN, and its key is today's."""
+    table = dispatch.shipped_table("sm_90")
+    assert len(table) > 400
+    for key, measurement in table.items():
+        operation = dispatch.OPERATIONS[key.partition(":")[0]]
+        assert measurement.candidate in operation.candidates
+        assert measurement.candidate in measurement.milliseconds
+        assert "cudnn" not in measurement.candidate
+        assert "cublas" not in measurement.candidate
+    settings = dispatch.Flags(False, False, "ieee")
+    with torch.device("meta"):
+        for variant in ("paper", "torchvision"):
+            model = fastalex.AlexNet(variant=variant).half()
+            for batch, layout in ((128, torch.channels_last), (1, torch.contiguous_format)):
+                images = torch.empty(batch, 3, 224, 224, dtype=torch.float16).contiguous(memory_format=layout)
+                for name, args in operator_calls(model, images):
+                    for operation, arguments in dispatched(name, args):
+                        if operation.name == "conv2d_relu":
+                            assert dispatch.table_key(operation, settings, arguments) in table
+
+
 # ---- measuring
 
 
@@ -359,6 +425,7 @@ def test_tuning_checks_before_it_times(monkeypatch):
         "wrong": "differs from the library by 1, the largest value being 2",
         "poisoned": "differs from the library by nan, the largest value being 2",
         "failing": "ValueError: does not compile for this GPU",
+        "deaf": "makes a number of NaN",
         "flat": "returns torch.float32 (15,) instead of torch.float32 (3, 5)",
     }
     # a gain within the noise changes nothing

@@ -2,6 +2,8 @@
 
 import copy
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -91,6 +93,61 @@ def test_results_of_a_gpu(tmp_path):
     ]  # fmt: skip
 
 
+def as_lines(content):
+    """The cases of a pytest-benchmark file as a run on a GPU writes them, its ratios left to be computed."""
+    head = {"datetime": content["datetime"], "machine_info": content["machine_info"]}
+    rates = {"copy_gb_per_s": 3000.0, "matrix_tflop_per_s": {"fp32": 50.0}, "clocks": "1980 MHz"}
+    cases = [
+        {
+            **case,
+            **head,
+            "name": f"test[{number}]",
+            "measured": rates,
+            "extra_info": {**case["extra_info"], "ratio": {}},
+        }
+        for number, case in enumerate(content["benchmarks"][:5])
+    ]
+    return [json.dumps(case) for case in cases]
+
+
+def test_lines_of_a_run_on_a_gpu(tmp_path):
+    """The last line of each test counts, of the machine and sources of the last; failures and half lines do not."""
+    lines = as_lines(FULL)
+    old = json.dumps({**json.loads(lines[0]), "stats": {"median": 9.0, "q1": 9.0, "q3": 9.0, "rounds": 1}})
+    other = json.dumps({**json.loads(lines[1]), "name": "test[9]", "machine_info": {}})
+    failed = json.dumps({"name": "test[8]", "datetime": "2026-01-03", "error": "no", "machine_info": {"gpu": None}})
+    path = tmp_path / "lines.jsonl"
+    path.write_text("\n".join([old, other, *lines, failed, lines[0][:50]]))
+    result = results.load(path)
+    assert [case["median"] for case in result["cases"]] == [12.35, 30.0, 10.0, 500.0, 750.0]
+    assert result["cases"][0]["ratio"] == {"eager": 2.43, "compile": 0.81}
+    assert result["measured"]["matrix_tflop_per_s"] == {"fp32": 50.0}
+    path.write_text(lines[0])
+    assert len(results.load(path)["cases"]) == 1
+    path.write_text(failed)
+    with pytest.raises(ValueError, match="holds no case"):
+        results.load(path)
+
+
+def test_table_of_a_gpu_says_how_near_the_bounds_are_and_what_the_host_needs():
+    result = on_a_gpu()
+    result["cases"][0] |= {"gb_per_s": 2345.6, "percent_of_copy": 81.2, "host_ms": 0.0361, "wall_ms": 0.0721}
+    result["cases"][3] |= {"timing": "events"}
+    lines = results.markdown(result).splitlines()
+    assert "Triton 3.8.0" in lines[0]
+    assert lines[2].endswith("| GB/s | % of copy | TFLOP/s | % of matmul | host, ms | call, ms |")
+    assert lines[4] == (
+        "| lrn-conv1-forward-fp32-8x96x55x55 | 12.3 | 2.50 | **0.80** | 2346 | 81 | - | - | 0.0361 | 0.0721 |"
+    )
+    assert lines[5].startswith("| inference-paper-fp32 | 500 (events) | 1.50 | - |")
+
+
+def test_the_table_needs_no_command_line(full):
+    done = subprocess.run([sys.executable, "-m", "fastalex.results", str(full)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == results.markdown(results.load(full)) + "\n"
+
+
 def test_charts_show_what_was_measured(full, tmp_path):
     paths = charts(results.load(full), tmp_path / "charts")
     assert [path.name for path in paths] == ["speedup_operations.png", "speedup_models.png", "rates.png"]
@@ -144,8 +201,8 @@ def checkout(tmp_path):
     return tmp_path
 
 
-def shows(path, table):
-    return f"\n<!-- cpu results -->\n{table}\n<!-- end of cpu results -->\n" in path.read_text()
+def shows(path, table, kind="cpu"):
+    return f"\n<!-- {kind} results -->\n{table}\n<!-- end of {kind} results -->\n" in path.read_text()
 
 
 def test_bench_report(full, checkout, capsys):
@@ -197,10 +254,30 @@ def test_without_markers_both_stay_as_they_are(name, full, checkout):
     assert {path: path.read_text() for path in checkout.rglob("*.md")} == texts
 
 
-def test_the_documents_show_the_newest_committed_result():
+def test_summary_of_a_gpu():
+    """What a loop without graphs waits for stands beside the device's time; a graph of ours is no rival."""
+    gpu = {"name": "Some GPU", "cudnn": 1, "driver": "2"}
+    info = {"operation": "alexnet", "pass": "inference", "layer": "paper", "shape": [1, 3]}
+    cases = [
+        case("fastalex", 1e-4, {"eager": 3.0, "fastalex-graph": 1.0}, "one", **info, wall_ms=2.0),
+        case("eager", 3e-4, {}, "one", **info, wall_ms=0.5),
+        case("fastalex-graph", 1e-4, {}, "one", **info, wall_ms=0.1),
+        case("fastalex", 1e-3, {}, "workload-inference", **{**info, "layer": "", "shape": [8, 3]}, wall_ms=1.5),
+    ]
+    machine = {**FULL["machine_info"], "gpu": gpu}
+    lines = results.summary(results.reduced({**FULL, "machine_info": machine, "benchmarks": cases})).splitlines()
+    assert lines[2] == "| | layer or variant | dtype | batch | fastalex, ms | eager | loop, ms | eager, loop |"
+    assert lines[4:] == [
+        "| AlexNet, inference | paper | fp32 | 1 | 0.1 | 3.00 | 2 | **0.25** |",
+        "| AlexNet, inference | workload | fp32 | 8 | 1 | - | 1.5 | - |",
+    ]
+
+
+@pytest.mark.parametrize(("kind", "device"), [("cpu", "cpu"), ("gpu", "nvidia-*[0-9]")])
+def test_the_documents_show_the_newest_committed_result(kind, device):
     root = Path(__file__).parents[1]
-    newest = max((root / "benchmarks" / "results").glob("*-cpu.json"))
+    newest = max((root / "benchmarks" / "results").glob(f"*-{device}.json"))
     result = results.load(newest)
     renew = f"fastalex bench report {newest.relative_to(root)} --readme README.md"
-    assert shows(root / "README.md", results.summary(result)), renew
-    assert shows(root / "docs" / "benchmarks.md", results.markdown(result)), renew
+    assert shows(root / "README.md", results.summary(result), kind), renew
+    assert shows(root / "docs" / "benchmarks.md", results.markdown(result), kind), renew

@@ -1,4 +1,4 @@
-"""LRN, max-pooling and Winograd's transforms as loops that numba compiles.
+"""LRN and max-pooling as loops that numba compiles.
 
 Optional: without numba, and for what `takes` refuses, the PyTorch operations of this folder do the same.  PyTorch runs
 a chain of ten operations over a piece in L2; here a row of channels goes through the chain in registers and L1.
@@ -147,8 +147,8 @@ def normalise(x, norm, squares, base, y):  # type: ignore[no-untyped-def]
 
 
 @inlined
-def normalise_backward(grad, x, norm, slope, squares, base, terms, dx):  # type: ignore[no-untyped-def]
-    """The gradient of some rows; `grad`, in float32, is overwritten."""
+def normalise_backward(grad, x, norm, slope, squares, base, terms, dx, after_relu):  # type: ignore[no-untyped-def]
+    """The gradient of some rows; `grad`, in float32, is overwritten.  `after_relu`: 0 where x is, even beside NaN."""
     bases(x, norm, squares, base)
     flat_grad, flat_x, flat_base, flat_dx = grad.reshape(-1), x.reshape(-1), base.reshape(-1), dx.reshape(-1)
     for i in range(x.size):
@@ -162,7 +162,9 @@ def normalise_backward(grad, x, norm, slope, squares, base, terms, dx):  # type:
         load(base[r], terms[r, above : above + channels])
     window_sums(terms[:rows], size, slope, np.float32(0), base[:rows])
     for i in range(x.size):
-        flat_dx[i] = narrow(flat_grad[i] + widen(flat_x[i]) * flat_base[i], dx)
+        value = widen(flat_x[i])
+        total = flat_grad[i] + value * flat_base[i]
+        flat_dx[i] = narrow(np.float32(0) if after_relu & (value <= 0) else total, dx)
 
 
 @inlined
@@ -234,7 +236,7 @@ def lrn_backward_kernel(start, stop, grad, x, dx, norm, slope):  # type: ignore[
     for a in range(start, stop, strip):
         b = min(a + strip, stop)
         load(grad[a:b].reshape(-1), wide.reshape(-1))
-        normalise_backward(wide, x[a:b], norm, slope, squares, base, terms, dx[a:b])
+        normalise_backward(wide, x[a:b], norm, slope, squares, base, terms, dx[a:b], False)
 
 
 @compiled
@@ -301,7 +303,7 @@ def lrn_max_pool_kernel(  # type: ignore[no-untyped-def]
 
 @compiled
 def lrn_max_pool_backward_kernel(  # type: ignore[no-untyped-def]
-    start, stop, grad, codes, x, dx, plane, output, channels, groups, norm, slope, kernel, stride, table
+    start, stop, grad, codes, x, dx, plane, output, channels, groups, norm, slope, kernel, stride, table, after_relu
 ):
     inside = channels // groups
     strip = max(1, STRIP // channels)
@@ -316,84 +318,7 @@ def lrn_max_pool_backward_kernel(  # type: ignore[no-untyped-def]
                 gather(grad, codes, image, h, w, channels, output, kernel, stride, (0, 0), table, total[w - first])
             a, b = (row * plane[1] + first) * groups, (row * plane[1] + last) * groups
             wide = total.reshape(strip * groups, inside)[: b - a]
-            normalise_backward(wide, x[a:b], norm, slope, squares, base, terms, dx[a:b])
-
-
-@compiled
-def winograd_tiles_kernel(start, stop, x, tiles, plane, channels, groups):  # type: ignore[no-untyped-def]
-    """Bt x B for some rows of tiles, counted over all images: x flat, tiles (16, groups, tiles, channels per group)."""
-    width, across, inside = plane[1] * channels, (plane[1] + 1) // 2, channels // groups
-    down, pitch = (plane[0] + 1) // 2, (2 * across + 2) * channels
-    # borders stay zero
-    rows, sums = np.zeros((4, pitch), np.float32), np.empty((4, pitch), np.float32)
-    for number in range(start, stop):
-        image, i = divmod(number, down)
-        for r in range(4):
-            h = 2 * i + r - 1
-            target = rows[r, channels : channels + width]
-            if h < 0 or h >= plane[0]:
-                target[:] = 0
-            else:
-                offset = (image * plane[0] + h) * width
-                load(x[offset : offset + width], target)
-        combine(rows[0], rows[1], rows[2], rows[3], sums[0], sums[1], sums[2], sums[3])
-        for a in range(4):
-            for j in range(across):
-                for g in range(groups):
-                    first = 2 * j * channels + g * inside
-                    part = sums[a, first : first + 3 * channels + inside]
-                    tile = (number - start) * across + j
-                    combine(
-                        *(part[:inside], part[channels : channels + inside]),
-                        *(part[2 * channels : 2 * channels + inside], part[3 * channels :]),
-                        *(tiles[4 * a, g, tile], tiles[4 * a + 1, g, tile]),
-                        *(tiles[4 * a + 2, g, tile], tiles[4 * a + 3, g, tile]),
-                    )
-
-
-@inlined
-def combine(x0, x1, x2, x3, y0, y1, y2, y3):  # type: ignore[no-untyped-def]
-    """y = Bt x"""
-    for i in range(y0.size):
-        y0[i] = x0[i] - x2[i]
-    for i in range(y1.size):
-        y1[i] = x1[i] + x2[i]
-    for i in range(y2.size):
-        y2[i] = x2[i] - x1[i]
-    for i in range(y3.size):
-        y3[i] = x1[i] - x3[i]
-
-
-@compiled
-def winograd_output_kernel(start, stop, products, bias, y, plane, channels, groups):  # type: ignore[no-untyped-def]
-    """max(0, At products A + bias) of some rows of tiles, without what lies outside of the plane; y flat."""
-    across, down, inside = (plane[1] + 1) // 2, (plane[0] + 1) // 2, channels // groups
-    sums = np.empty((2, 4, inside), np.float32)
-    for number in range(start, stop):
-        image, i = divmod(number, down)
-        for j in range(across):
-            tile = (number - start) * across + j
-            for g in range(groups):
-                for b in range(4):
-                    p, q = products[b, g, tile], products[4 + b, g, tile]
-                    r, s = products[8 + b, g, tile], products[12 + b, g, tile]
-                    upper, lower = sums[0, b], sums[1, b]
-                    for c in range(inside):
-                        upper[c] = p[c] + q[c] + r[c]
-                        lower[c] = q[c] - r[c] - s[c]
-                part_bias = bias[g * inside : (g + 1) * inside]
-                for row in range(min(2, plane[0] - 2 * i)):
-                    p, q, r, s = sums[row, 0], sums[row, 1], sums[row, 2], sums[row, 3]
-                    offset = ((image * plane[0] + 2 * i + row) * plane[1] + 2 * j) * channels + g * inside
-                    left = y[offset : offset + inside]
-                    for c in range(inside):
-                        value = p[c] + q[c] + r[c] + part_bias[c]
-                        left[c] = np.float32(0) if value < 0 else value
-                    if 2 * j + 1 < plane[1]:
-                        right = y[offset + channels : offset + channels + inside]
-                        for c in range(inside):
-                            value = q[c] - r[c] - s[c] + part_bias[c]
-                            right[c] = np.float32(0) if value < 0 else value
+            normalise_backward(wide, x[a:b], norm, slope, squares, base, terms, dx[a:b], after_relu)
 
 
 # ------------------------------------------------------------------------------------------------------ from PyTorch
@@ -471,6 +396,7 @@ def lrn_max_pool_bwd(
     groups: int,
     kernel_size: Pair,
     stride: Pair,
+    after_relu: bool,
 ) -> None:
     _share(
         lrn_max_pool_backward_kernel,
@@ -478,18 +404,8 @@ def lrn_max_pool_bwd(
         x.numel(),
         *(_flat(grad), _flat(codes), _rows(x, groups), _rows(dx, groups)),
         *(tuple(x.shape[2:]), tuple(grad.shape[2:]), x.shape[1], groups, _norm(size, alpha, k)),
-        *(np.float32(-2 * alpha * BETA / size), kernel_size, stride, _table(kernel_size)),
+        *(np.float32(-2 * alpha * BETA / size), kernel_size, stride, _table(kernel_size), after_relu),
     )
-
-
-def winograd_tiles(start: int, stop: int, x: Tensor, tiles: Tensor, groups: int) -> None:
-    parts = tiles.view(16, groups, *tiles.shape[1:]).numpy()
-    winograd_tiles_kernel(start, stop, _flat(x), parts, tuple(x.shape[2:]), x.shape[1], groups)
-
-
-def winograd_output(start: int, stop: int, products: Tensor, bias: Tensor, y: Tensor, groups: int) -> None:
-    parts = products.view(16, groups, *products.shape[1:]).numpy()
-    winograd_output_kernel(start, stop, parts, bias.detach().numpy(), _flat(y), tuple(y.shape[2:]), y.shape[1], groups)
 
 
 def _flat(x: Tensor) -> np.ndarray:

@@ -1,4 +1,7 @@
-"""A linear layer with bias and ReLU, through oneDNN's fused form where this PyTorch has it.
+"""A linear layer with bias and ReLU: oneDNN's product with bias where this PyTorch has it, and the ReLU in place.
+
+oneDNN's operator is private to PyTorch, so it is looked for and never required.  It reads bias and weight as packed
+memory, whatever their strides say, and its own ReLU makes 0 of NaN.
 
 Under autocast the parameters come in fp32 and are narrowed here, in a buffer that is reused, and their gradient is
 widened here, while it is in cache.  Copies of fc6 as tensors of their own cost more in page faults than in arithmetic:
@@ -13,15 +16,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastalex.cpu.conv_relu import has_onednn_dtype
 from fastalex.cpu.pieces import scratch
+from fastalex.kernels.layout import dense
 
 # Of one product of `weight_grad`.
 BLOCK_ELEMENTS = 2**20
 
 
+def has_onednn_dtype(dtype: torch.dtype) -> bool:
+    """Whether oneDNN computes in this dtype on this processor."""
+    if dtype == torch.float32:
+        return True
+    name = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"}.get(dtype)
+    return name is not None and hasattr(torch.ops.mkldnn, name) and getattr(torch.ops.mkldnn, name)()
+
+
 def has_fused_linear() -> bool:
-    """Whether this build of PyTorch has oneDNN's fused linear layer."""
+    """Whether this build of PyTorch has oneDNN's linear layer."""
     return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
@@ -29,11 +40,11 @@ def has_fused_linear() -> bool:
 def linear_relu_fwd(x: Tensor, weight: Tensor, bias: Tensor | None, relu: bool = True) -> Tensor:
     """max(0, x @ weight.T + bias), without the maximum if not `relu`: (N, C), (K, C) -> (N, K), in x's dtype."""
     weight = narrowed(weight, x.dtype)
-    bias = None if bias is None else bias.to(x.dtype)
+    bias = None if bias is None else dense(bias.to(x.dtype))
     if x.shape[0] == 1 and x.dtype == torch.bfloat16 and bias is not None and prefers_addmv():
         y = torch.addmv(bias, weight, x[0])[None]
     elif x.numel() and has_fused_linear() and has_onednn_dtype(x.dtype):
-        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "relu" if relu else "none", [], "")
+        y = torch.ops.mkldnn._linear_pointwise(dense(x), dense(weight), bias, "none", [], "")
     else:
         y = F.linear(x, weight, bias)
     return y.relu_() if relu else y

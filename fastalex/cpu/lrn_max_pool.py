@@ -86,9 +86,13 @@ def lrn_max_pool_bwd(
     k: float,
     *,
     groups: int = 1,
+    after_relu: bool = False,
     bias_partials: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """The gradient of x, in its dtype and memory format; with `bias_partials` also its sums (N, C) over the pixels."""
+    """The gradient of x, in its dtype and memory format; with `bias_partials` also its sums (N, C) over the pixels.
+
+    `after_relu` as in the forward pass: where x is 0 the gradient is 0, and not NaN where a neighbour's is.
+    """
     x = dense(x)
     dx = torch.empty_like(x)
     images, channels, height, width = x.shape
@@ -100,7 +104,7 @@ def lrn_max_pool_bwd(
     grad, codes = in_layout_of(x, grad), in_layout_of(x, codes)
     compiled = cpu.compiled_for(x, grad)
     if compiled and beta == compiled.BETA:
-        compiled.lrn_max_pool_bwd(grad, codes, x, dx, size, alpha, k, groups, KERNEL_SIZE, STRIDE)
+        compiled.lrn_max_pool_bwd(grad, codes, x, dx, size, alpha, k, groups, KERNEL_SIZE, STRIDE, after_relu)
         if bias_partials:
             torch.sum(dx, (2, 3), dtype=norm.dtype, out=partials)
         return (dx, partials) if bias_partials else dx
@@ -119,6 +123,8 @@ def lrn_max_pool_bwd(
         above, source, below = (channel_blocks(t, groups) for t in (scattered, part, target))
         for start, stop, _ in pieces(source.shape[0], norm.rows_within):
             norm.backward(above[start:stop], source[start:stop], below[start:stop])
+        if after_relu:
+            torch.ops.aten.threshold_backward.grad_input(target, part, 0, grad_input=target)
         if not channels_last:
             dx[block].copy_(target)
         if bias_partials:

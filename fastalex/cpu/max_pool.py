@@ -19,7 +19,8 @@ from torch import Tensor
 from fastalex import cpu
 from fastalex.cpu.pieces import SERIAL, scratch
 from fastalex.kernels import window_code
-from fastalex.kernels.layout import dense, in_layout_of, is_channels_last
+from fastalex.kernels.layout import dense, in_layout_of, is_channels_last, memory_format
+from fastalex.reference import pooled_size
 
 Pair = tuple[int, int]
 
@@ -55,7 +56,8 @@ def max_pool_fwd(
     y = empty_in_layout_of(x, images, channels, *windows.output_size)
     found = torch.empty_like(y, dtype=torch.int8) if codes else None
     compiled = cpu.compiled_for(x)
-    if compiled and dilation == (1, 1):
+    # an image of one pixel is channels_last, too, and what is pooled from its padding need not be
+    if compiled and dilation == (1, 1) and is_channels_last(y):
         compiled.max_pool_fwd(x, y, found, kernel_size, stride, padding, after_relu)
         return y, found
     step = images_per_block(channels * windows.output_size[0] * windows.output_size[1])
@@ -144,7 +146,7 @@ def empty_in_layout_of(x: Tensor, *shape: int, dtype: torch.dtype | None = None)
     return torch.empty(
         shape,
         dtype=dtype or x.dtype,
-        memory_format=torch.channels_last if is_channels_last(x) else torch.contiguous_format,
+        memory_format=memory_format(x),
     )
 
 
@@ -176,6 +178,7 @@ class Windows:
         if output_size is None:
             output_size = _output_size(input_size, kernel_size, stride, padding, dilation, ceil_mode)
         else:
+            # where no whole window fits, that is 0 or less
             ceil_mode = output_size != _output_size(input_size, kernel_size, stride, padding, dilation, False)
         self.arguments = kernel_size, stride, padding, dilation, ceil_mode
         self.output_size: Pair = output_size
@@ -267,13 +270,12 @@ class _Tables:
                 self.offset_of_code[code] = r * dilation[0] * width + c * dilation[1]
 
 
-@lru_cache(maxsize=64)
 def _output_size(
     input_size: Pair, kernel_size: Pair, stride: Pair, padding: Pair, dilation: Pair, ceil_mode: bool
 ) -> Pair:
-    """As torch.max_pool2d has it.  Kept, because asking for it takes 0.1 ms, as long as pooling a small tensor."""
-    plane = torch.empty(1, 1, *input_size, device="meta")
-    height, width = torch.max_pool2d(plane, kernel_size, stride, padding, dilation, ceil_mode).shape[2:]
+    height, width = (
+        pooled_size(*sizes, ceil_mode) for sizes in zip(input_size, kernel_size, stride, padding, dilation, strict=True)
+    )
     return height, width
 
 

@@ -69,7 +69,8 @@ def augment(
     if isinstance(seed, int):
         if not -(2**63) <= seed < 2**63:
             raise ValueError(f"seed must lie in [-2^63, 2^63), got {seed}")
-        seed = torch.tensor([seed], dtype=torch.int64, device=images.device)
+        # filled on the device: a copy from pageable memory would wait for all that it still has to do
+        seed = torch.full((1,), seed, dtype=torch.int64, device=images.device)
     elif seed.numel() != 1 or seed.dtype != torch.int64 or seed.device != images.device:
         raise ValueError(
             f"seed must be an integer or one int64 on {images.device}, "
@@ -81,6 +82,13 @@ def augment(
     from fastalex import ops
 
     return ops.augment(
-        images, indices.to(images.device), seed, crop, list(preprocessing.mean), list(preprocessing.std), axes,
+        images, _moved(indices, images.device), seed, crop, list(preprocessing.mean), list(preprocessing.std), axes,
         block, [top, bottom, left, right], dtype,
     )  # fmt: skip
+
+
+def _moved(indices: Tensor, device: torch.device) -> Tensor:
+    """The indices on the device.  A copy to a GPU that is not from pinned memory would wait for all its work."""
+    if device.type == "cuda" and indices.device.type == "cpu":
+        indices = indices.pin_memory()
+    return indices.to(device, non_blocking=True)

@@ -11,7 +11,7 @@ import os
 import signal
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -101,10 +101,47 @@ def outlive_signals(worker: int) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
+class Unreadable(NamedTuple):
+    """A picture file that cannot be used, and why."""
+
+    path: str
+    reason: str
+
+
+class _Files(torch.utils.data.Dataset[Any]):
+    """Pictures and labels, or `Unreadable`: an exception would come out of a worker as a page of traceback."""
+
+    def __init__(self, samples: list[tuple[str, int]], transform: Any) -> None:
+        self.samples = samples
+        self._transform = transform
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int] | Unreadable:
+        from fastalex.data.pack import decoded
+
+        path, label = self.samples[index]
+        try:
+            return self._transform(decoded(Path(path).read_bytes()).convert("RGB")), label
+        except OSError as error:
+            return Unreadable(path, error.strerror or str(error))
+        except ValueError as error:
+            return Unreadable(path, str(error))
+
+
+def _stacked(items: list[Any]) -> Any:
+    """A batch, or the pictures of it that cannot be read."""
+    wrong = [item for item in items if isinstance(item, Unreadable)]
+    return wrong or torch.utils.data.default_collate(items)
+
+
 class Folders:
-    """Pictures in `root/train/<class>/` and `root/val/<class>/` (or `test`), read by torchvision in worker processes.
+    """Pictures in `root/train/<class>/` and `root/val/<class>/` (or `test`), read in worker processes.
 
     The short side is resized as `preprocessing` says and the middle square is cut out, as in the 2012 paper.
+    on_error: a picture that cannot be read ends `batches` with a ValueError that names it ("stop"), or is left out,
+    and listed in `unreadable` ("skip"); for that every picture is read once before.
     Raises FileNotFoundError, naming the folder, where there is none or it holds no pictures, ValueError where the
     two folders hold different classes.
     """
@@ -116,10 +153,13 @@ class Folders:
         *,
         splits: tuple[str, ...] = ("train", "test"),
         workers: int | None = None,
+        on_error: Literal["stop", "skip"] = "stop",
     ) -> None:
         from torchvision import datasets
         from torchvision.transforms import v2
 
+        if workers is not None and workers < 0:
+            raise ValueError(f"workers must be at least 0, got {workers}")
         self.preprocessing = preprocessing
         transform = v2.Compose(
             [
@@ -133,11 +173,23 @@ class Folders:
         for split in splits:
             if not folders[split].is_dir():
                 raise FileNotFoundError(f"no folder {folders[split]}: pictures belong in {folders[split]}/CLASS/")
-        self._splits = {split: datasets.ImageFolder(str(folders[split]), transform) for split in splits}
-        self.classes, *others = (tuple(pictures.classes) for pictures in self._splits.values())
+        found = {split: datasets.ImageFolder(str(folders[split])) for split in splits}
+        self.classes, *others = (tuple(pictures.classes) for pictures in found.values())
         if any(classes != self.classes for classes in others):
             raise ValueError(f"{folders['train']} and {folders['test']} must hold folders for the same classes")
         self._workers = min(8, os.cpu_count() or 1) if workers is None else workers
+        self._splits = {split: _Files(pictures.samples, transform) for split, pictures in found.items()}
+        self.unreadable: list[Unreadable] = []
+        if on_error == "skip":
+            for split, files in self._splits.items():
+                everything = torch.arange(len(files)).split(64)
+                wrong = [item for batch in self._loaded(files, everything) if isinstance(batch, list) for item in batch]
+                wrong = [item for item in wrong if isinstance(item, Unreadable)]
+                self.unreadable += wrong
+                left_out = {item.path for item in wrong}
+                files.samples = [sample for sample in files.samples if sample[0] not in left_out]
+                if not files.samples:
+                    raise ValueError(f"none of the pictures in {folders[split]} can be read: {wrong[0].reason}")
 
     def count(self, split: str) -> int:
         return len(self._splits[split])
@@ -146,11 +198,29 @@ class Folders:
         return torch.randperm(self.count(split), generator=epoch_generator(seed, epoch))
 
     def batches(self, split: str, indices: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
-        loader: torch.utils.data.DataLoader[tuple[Tensor, Tensor]] = torch.utils.data.DataLoader(
-            self._splits[split],
+        """As of any set.  Raises ValueError, naming the file, for a picture that cannot be read."""
+        for batch in self._loaded(self._splits[split], indices):
+            if isinstance(batch[0], Unreadable):
+                path, reason = batch[0]
+                raise ValueError(f"{path}: {reason} (--on-error skip leaves such pictures out)")
+            yield tuple(batch)  # type: ignore[misc]
+
+    def _loaded(self, files: _Files, indices: Sequence[Tensor]) -> Iterator[Any]:
+        loader: torch.utils.data.DataLoader[Any] = torch.utils.data.DataLoader(
+            files,
             batch_sampler=[chosen.tolist() for chosen in indices],
             num_workers=self._workers,
             worker_init_fn=outlive_signals,
+            collate_fn=_stacked,
             pin_memory=torch.cuda.is_available(),
         )
-        yield from loader
+        iterator = iter(loader)
+        try:
+            yield from iterator
+        finally:
+            # Whatever ended the reading: workers that ignore SIGTERM would be waited for when the process exits.
+            end = getattr(iterator, "_shutdown_workers", None)
+            if end is not None:
+                end()
+            for worker in getattr(iterator, "_workers", ()):
+                worker.kill()

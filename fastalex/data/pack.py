@@ -87,13 +87,22 @@ def decode(content: bytes, size: int) -> np.ndarray:
     Grey, palette and CMYK pictures are converted, transparency is dropped.  Raises ValueError with the reason for
     whatever is no picture, is cut or damaged, or has more than MAX_PIXELS pixels.
     """
+    # a JPEG of many pixels is decoded at 1/2, 1/4 or 1/8, never to less than twice the size
+    return square(decoded(content, 2 * size).convert("RGB"), size)
+
+
+def decoded(content: bytes, draft: int | None = None) -> Image.Image:
+    """An encoded picture, upright, in 8 bits a value, and where the format can, no larger than `draft` needs.
+
+    Raises ValueError as `decode`.
+    """
     try:
         image: Image.Image = Image.open(io.BytesIO(content))
         width, height = image.size
         if width * height > MAX_PIXELS:
             raise Image.DecompressionBombError(f"{width}x{height} pixels")
-        # a JPEG of many pixels is decoded at 1/2, 1/4 or 1/8, never to less than twice the size
-        image.draft(image.mode, (2 * size, 2 * size))
+        if draft is not None:
+            image.draft(image.mode, (draft, draft))
         image.load()
     except Image.DecompressionBombError as error:
         raise ValueError(f"refused, more than {MAX_PIXELS:,} pixels: {error}") from None
@@ -104,11 +113,16 @@ def decode(content: bytes, size: int) -> np.ndarray:
     # many photographs have damaged EXIF data, which says nothing about their pixels
     with contextlib.suppress(Exception):
         image = ImageOps.exif_transpose(image)
+    return in_8_bits(image)
+
+
+def in_8_bits(image: Image.Image) -> Image.Image:
+    """The high bytes of 16-bit values, which Pillow would clip.  Raises ValueError for wider ones."""
     if image.mode.startswith("I;16"):
-        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-    elif image.mode in ("I", "F"):
+        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    if image.mode in ("I", "F"):
         raise ValueError(f"cannot be decoded: values of mode {image.mode}, whose range nobody knows")
-    return square(image.convert("RGB"), size)
+    return image
 
 
 def moments(pixels: np.ndarray) -> np.ndarray:
@@ -265,18 +279,18 @@ def pack(
 ) -> Packed:
     """Pack the pictures of a folder (see `fastalex.data.sources.find`) into the new folder `target`.
 
-    size: height and width of the records, by default 256, and 32 for CIFAR-10.  workers: processes, by default one
-    per core.  on_error: "stop" at the first picture that cannot be read, or "skip" it and list it.  A run that was
-    stopped or killed goes on from its last chunks when it is called again; the result is the same, bit for bit, as
-    is that of any number of workers.  If `target` holds the same set already, nothing is done.
+    size: height and width of the records, by default 256, and 32 for CIFAR-10. workers: processes, 0 for this one,
+    by default one per core. on_error: "stop" at the first picture that cannot be read, or "skip" it and list it. A
+    run that was stopped or killed goes on from its last chunks when it is called again; the result is the same, bit
+    for bit, as is that of any number of workers. If `target` holds the same set already, nothing is done.
 
     Raises FileNotFoundError, OSError (a full disk), or ValueError: nothing to pack, a picture that cannot be read,
     another set in `target`, another process at work.
     """
     if size is not None and not 1 <= size <= 4096:
         raise ValueError(f"size must lie in [1, 4096], got {size}")
-    if workers is not None and workers < 1:
-        raise ValueError(f"workers must be at least 1, got {workers}")
+    if workers is not None and workers < 0:
+        raise ValueError(f"workers must be at least 0, got {workers}")
     if source.resolve() in (target.resolve(), *target.resolve().parents):
         raise ValueError(f"{target} lies in {source}: the packed set must be outside of what is packed")
     found = sources.find(source, val_labels)
@@ -317,7 +331,14 @@ def pack(
         resumed = sum(len(chunk.items) for chunk in chunks if chunk.entry in entries)
         missing = [chunk for chunk in chunks if chunk.entry not in entries]
         make_room(partial, plan, missing, size)
-        run(missing, entries, workers or available_cores(), resumed, sum(map(len, plan.values())), progress)
+        run(
+            missing,
+            entries,
+            available_cores() if workers is None else workers,
+            resumed,
+            sum(map(len, plan.values())),
+            progress,
+        )
         meta = finish(partial, found, plan, chunks, entries, size, fingerprint)
         os.rename(partial, target)
         sync_folder(target.parent)
@@ -348,14 +369,24 @@ def run(
     total: int,
     progress: Progress | None,
 ) -> None:
-    """Pack the missing chunks in processes, and add their entries."""
+    """Pack the missing chunks in processes, or without any in this one, and add their entries."""
 
     def report(new: list[Failure]) -> None:
         if progress:
             progress(done, total, new)
 
+    def add(chunk: Chunk, entry: dict[str, Any]) -> None:
+        nonlocal done
+        entries[chunk.entry] = entry
+        done += len(chunk.items)
+        report([Failure(*failure) for failure in entry["failures"]])
+
     report([])
     if not missing:
+        return
+    if workers == 0:
+        for chunk in missing:
+            add(chunk, pack_chunk(chunk))
         return
     # a fork of this process would copy locks that its threads hold; the server imports everything once
     context = multiprocessing.get_context("spawn" if os.name == "nt" else "forkserver")
@@ -375,10 +406,7 @@ def run(
             if not running:
                 break
             for future in wait(running, return_when=FIRST_COMPLETED).done:
-                chunk, entry = running.pop(future), future.result()
-                entries[chunk.entry] = entry
-                done += len(chunk.items)
-                report([Failure(*failure) for failure in entry["failures"]])
+                add(running.pop(future), future.result())
     except BrokenProcessPool:
         raise OSError(
             "a packing process ended abruptly, perhaps for lack of memory: the same command goes on from here"

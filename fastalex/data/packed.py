@@ -149,7 +149,10 @@ class PackedSet:
             self._splits[split] = Split(
                 images, memory, torch.from_numpy(slots), torch.from_numpy(labels[slots].astype(np.int64))
             )
-        self._threads = min(8, os.cpu_count() or 1) if threads is None else threads
+        if threads is not None and threads < 0:
+            raise ValueError(f"threads must be at least 0, got {threads}")
+        # reading ahead needs one of its own
+        self._threads = min(8, os.cpu_count() or 1) if threads is None else max(1, threads)
 
     def count(self, split: str) -> int:
         return len(self._splits[split].labels)

@@ -8,6 +8,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fastalex import fields
+
+LARGEST = 4096  # height and width of an input
+
 
 class Colours(NamedTuple):
     """Principal components of the RGB values of a set's pixels, in [0, 1], the largest first.
@@ -32,6 +36,22 @@ class Preprocessing:
     crop: int
     mean: tuple[float, ...]
     std: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        """Raises ValueError, naming the field, for a value that makes no input."""
+        fields.one_of("channels", self.channels, 1, 3)
+        fields.whole("resize", self.resize, most=2 * LARGEST)
+        fields.whole("crop", self.crop, most=LARGEST)
+        if self.crop > self.resize:
+            raise ValueError(f"crop must be at most resize, {self.resize}, got {self.crop}")
+        for name in ("mean", "std"):
+            values = getattr(self, name)
+            if not isinstance(values, tuple) or len(values) != self.channels:
+                raise ValueError(f"{name} must be a number for each of {self.channels} channels, got {values!r}")
+            for value in values:
+                fields.number(name, value)
+        if min(self.std) <= 0:
+            raise ValueError(f"std must be above 0, got {self.std}")
 
     @classmethod
     def for_photos(cls, channels: int, crop: int) -> Preprocessing:

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import codecs
 import csv
 import functools
 import io
@@ -169,7 +170,7 @@ def words(root: Path, classes: tuple[str, ...]) -> tuple[str, ...]:
     meanings = {}
     for path in (folder / name for folder in (root, root.parent) for name in WORDS):
         if path.is_file():
-            lines = path.read_text(encoding="utf-8").splitlines()
+            lines = path.read_text(encoding="utf-8-sig").splitlines()
             meanings = dict(line.strip().split(" ", 1) for line in lines if " " in line.strip())
             break
     return tuple(meanings.get(name, name) for name in classes)
@@ -192,7 +193,7 @@ def label_flat(root: Path, files: list[str], numbers: dict[str, int], given: Pat
             f"{root / os.path.dirname(files[0])} is flat: its labels belong in {root}, in {', '.join(GROUND_TRUTHS)}, "
             "or name their file with --val-labels"
         )
-    lines = truth.read_text(encoding="utf-8").splitlines()
+    lines = truth.read_text(encoding="utf-8-sig").splitlines()
     if truth.suffix == ".csv":
         rows = [[row[0], row[1].split()[0]] for row in csv.reader(lines[1:]) if len(row) > 1 and row[1].split()]
     else:
@@ -259,8 +260,8 @@ class PlainArrays(pickle.Unpickler):
 def unpickle(path: Path) -> dict[bytes, Any]:
     try:
         content = PlainArrays(io.BytesIO(path.read_bytes()), encoding="bytes").load()
-    except (pickle.UnpicklingError, EOFError, AttributeError, ImportError, IndexError, ValueError) as error:
-        raise ValueError(f"{path} is not one of CIFAR-10's pickles: {error}") from None
+    except Exception as error:  # whatever a pickle of foreign bytes asks for
+        raise ValueError(f"{path} is not one of CIFAR-10's pickles: {error or type(error).__name__}") from None
     if not isinstance(content, dict):
         raise ValueError(f"{path} is not one of CIFAR-10's pickles: it holds a {type(content).__name__}")
     return content
@@ -288,7 +289,7 @@ def find_cifar(kind: str, folder: Path) -> Source:
         raise ValueError(f"{folder} lacks {', '.join(missing)}")
     classes = CIFAR_CLASSES
     if (folder / "batches.meta.txt").is_file():
-        classes = tuple((folder / "batches.meta.txt").read_text().split()) or CIFAR_CLASSES
+        classes = tuple((folder / "batches.meta.txt").read_text(encoding="utf-8-sig").split()) or CIFAR_CLASSES
     elif kind == "cifar10-python" and (folder / "batches.meta").is_file():
         classes = tuple(name.decode() for name in unpickle(folder / "batches.meta")[b"label_names"])
     read = cifar_binary_items if kind == "cifar10-binary" else cifar_python_items
@@ -351,7 +352,7 @@ def tar_items(root: Path, name: str) -> tuple[list[Item], int]:
                     pictures[key] = member
                 elif ending == "cls":
                     file = tar.extractfile(member)
-                    text = file.read(32).strip() if file else b""
+                    text = file.read(32).removeprefix(codecs.BOM_UTF8).strip() if file else b""
                     if not text.isdigit():
                         raise ValueError(f"{root / name}: {member.name} must hold a class number, got {text!r}")
                     labels[key] = int(text)

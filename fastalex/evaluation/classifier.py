@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import pickle
 import re
 from pathlib import Path
 
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 from torch import Tensor
 from torchvision.transforms.v2 import functional as transforms
 
 from fastalex.alexnet import AlexNet, alexnet
 from fastalex.checkpoint import ModelCard, load_model
+from fastalex.data.pack import in_8_bits
 from fastalex.data.preprocessing import Preprocessing, centre_crop
 from fastalex.evaluation.metrics import ten_crop_probabilities
 
@@ -23,16 +23,14 @@ MAX_ASPECT = 50
 
 
 def load_classifier(weights: str) -> tuple[AlexNet, ModelCard]:
-    """The model behind a file that `fastalex train` wrote, a torchvision `.pth` file, or a torchvision weights name.
+    """The model behind a file that `fastalex train` wrote, a checkpoint of torchvision's AlexNet, or the name of its
+    published weights.
 
     Raises FileNotFoundError, or ValueError for a file that does not say what its classes are called.
     """
     if weights.endswith(".safetensors"):
         return load_model(Path(weights))
-    try:
-        model = alexnet(weights)
-    except (RuntimeError, pickle.UnpicklingError) as error:
-        raise ValueError(f"{weights} is not a checkpoint that PyTorch can read: {error}") from error
+    model = alexnet(weights)
     if model.num_classes != IMAGENET_CLASSES:
         raise ValueError(
             f"{weights} has {model.num_classes} classes and no names for them; "
@@ -73,11 +71,13 @@ def read_picture(path: Path, preprocessing: Preprocessing) -> Tensor:
                 raise ValueError(f"{path} has {width}x{height} pixels, more than {MAX_PIXELS:,}: make it smaller first")
             if max(width, height) > MAX_ASPECT * min(width, height):
                 raise ValueError(f"{path} has {width}x{height} pixels: one side is over {MAX_ASPECT} times the other")
-            image = ImageOps.exif_transpose(file).convert("L" if preprocessing.channels == 1 else "RGB")
+            image = in_8_bits(ImageOps.exif_transpose(file)).convert("L" if preprocessing.channels == 1 else "RGB")
     except Image.DecompressionBombError:
         raise ValueError(f"{path} has more than {MAX_PIXELS:,} pixels: make it smaller first") from None
-    except (UnidentifiedImageError, OSError, SyntaxError) as error:
-        raise ValueError(f"{path} is not an image that can be read ({error})") from None
+    except Exception as error:  # whatever a decoder trips over in foreign bytes
+        if str(path) in str(error) and isinstance(error, ValueError):
+            raise
+        raise ValueError(f"{path} is not an image that can be read ({error or type(error).__name__})") from None
     return transforms.pil_to_tensor(transforms.resize(image, [preprocessing.resize]))
 
 

@@ -78,15 +78,18 @@ def rows(names: Sequence[str], targets: Sequence[str]) -> list[Row]:
             if errors:
                 out.append({**shared, "error": errors[0]})
                 continue
-            for code, moved in zip(built, traffic, strict=True):
-                if code["kernel"] != "sum_partials_kernel":
-                    flops = entry.flops if code["products"] else 0
-                    counted = {
-                        "instructions": rounded(code["instructions"]),
-                        "pipes": {pipe: rounded(number) for pipe, number in code["pipes"].items()},
-                        "dram": rounded(moved["read"] + moved["written"]),
-                    }
-                    out.append({**shared, **code, **counted, "flops": flops, "elements": elements})
+            # whose levels depend on the batch, which is smaller where traffic is counted
+            launches = (
+                [row for row in answer if row["kernel"] != "sum_partials_kernel"] for answer in (built, traffic)
+            )
+            for code, moved in zip(*launches, strict=True):
+                flops = entry.flops if code["products"] else 0
+                counted = {
+                    "instructions": rounded(code["instructions"]),
+                    "pipes": {pipe: rounded(number) for pipe, number in code["pipes"].items()},
+                    "dram": rounded(moved["read"] + moved["written"]),
+                }
+                out.append({**shared, **code, **counted, "flops": flops, "elements": elements})
     return [with_model(row) for row in out]
 
 

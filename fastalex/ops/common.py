@@ -21,12 +21,7 @@ from torch.autograd import forward_ad
 from torch.nn import Parameter
 
 from fastalex import backend
-from fastalex.kernels.layout import memory_format
-
-
-def dense(input: Tensor) -> Tensor:
-    """The input itself where its memory is packed in its format, else a packed copy (sliced and expanded tensors)."""
-    return input.contiguous(memory_format=memory_format(input))
+from fastalex.kernels.layout import dense, memory_format
 
 
 def empty(like: Tensor, shape: tuple[int, ...] | list[int], dtype: torch.dtype | None = None) -> Tensor:
@@ -50,11 +45,18 @@ def device_of(input: Tensor) -> contextlib.AbstractContextManager[Any]:
 
 
 def operator(name: str) -> Callable[[Callable[..., Any]], Any]:
-    """torch.library.custom_op for CPU and CUDA tensors, with the undecorated function kept for `call`."""
+    """torch.library.custom_op for CPU and CUDA tensors, with the plain function kept for `call`.
+
+    The function gets every tensor as `dense` makes it: no kernel behind an operator meets other memory.
+    """
 
     def register(function: Callable[..., Any]) -> Any:
-        op: Any = torch.library.custom_op(name, function, mutates_args=(), device_types=("cpu", "cuda"))
-        op.plain = function
+        @functools.wraps(function)
+        def packed(*args: Any) -> Any:
+            return function(*(dense(a) if isinstance(a, Tensor) else a for a in args))
+
+        op: Any = torch.library.custom_op(name, packed, mutates_args=(), device_types=("cpu", "cuda"))
+        op.plain = packed
         op.recorded = op.transformed = op
         op.register_vmap(functools.partial(_one_by_one, op))
         return op

@@ -43,10 +43,14 @@ def describe(input: Tensor, weight: Tensor, stride: Sizes, padding: Sizes, dilat
     """The geometry in words, without the batch."""
     channels, height, width = input.shape[1:]
     features, _, rows, columns = weight.shape
-    formats = ("channels_last" if memory_format(t) is torch.channels_last else "contiguous" for t in (input, weight))
+    formats = (
+        "channels_last" if found is torch.channels_last else "contiguous"
+        for found in (memory_format(input), output_format(input, weight))
+    )
     return (
         f"{channels}x{height}x{width} -> {features}, kernel {rows}x{columns}, stride {stride[0]}x{stride[1]}, "
-        f"padding {padding[0]}x{padding[1]}, dilation {dilation[0]}x{dilation[1]}, groups {groups}, {'/'.join(formats)}"
+        f"padding {padding[0]}x{padding[1]}, dilation {dilation[0]}x{dilation[1]}, groups {groups}, "
+        f"{' to '.join(formats)}"
     )
 
 
@@ -335,6 +339,7 @@ CONV2D_RELU = dispatch.register(
         "library",
     )
 )
+
 
 _INPUT_LIBRARY = Candidate("library", partial(library_gradient, of_input=True), always)
 CONV2D_INPUT_GRAD = dispatch.register(

@@ -12,7 +12,6 @@ from fastalex import backend, dispatch
 from fastalex.kernels.layout import memory_format
 from fastalex.ops.common import (
     call,
-    dense,
     device_of,
     differentiable,
     empty,
@@ -114,7 +113,7 @@ def conv2d_relu(
     groups: int,
 ) -> Tensor:
     with device_of(input):
-        return forward(dense(input), dense(weight), bias, stride, padding, dilation, groups)
+        return forward(input, weight, bias, stride, padding, dilation, groups)
 
 
 @conv2d_relu.register_fake
@@ -155,7 +154,7 @@ def conv2d_relu_backward(
             grad, bias_grad = kernels.relu_bias_grad(grad, output, bias=needs[2])
         else:
             grad = torch.ops.aten.threshold_backward(grad, output, 0)
-        return gradients(grad, bias_grad, dense(input), dense(weight), stride, padding, dilation, groups, needs)
+        return gradients(grad, bias_grad, input, weight, stride, padding, dilation, groups, needs)
 
 
 def fake_gradients(input: Tensor, weight: Tensor, needs: list[bool]) -> tuple[Tensor, Tensor, Tensor]:

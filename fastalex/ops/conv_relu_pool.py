@@ -17,7 +17,6 @@ from fastalex import backend
 from fastalex.ops import conv_relu, lrn_max_pool
 from fastalex.ops.common import (
     call,
-    dense,
     device_of,
     differentiable,
     empty,
@@ -95,7 +94,6 @@ def conv2d_relu_pool(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """-> pooled, and what a backward needs, empty without `codes`: the activation (with LRN only) and window codes."""
     with device_of(input):
-        input, weight = dense(input), dense(weight)
         conv, norm = (stride, padding, dilation, groups), (lrn_size, alpha, beta, k, lrn_groups)
         window = (kernel_size, pool_stride)
         if codes:
@@ -171,6 +169,7 @@ def conv2d_relu_pool_backward(
                 lrn_groups,
                 kernel_size,
                 pool_stride,
+                True,
                 bias,
             )
         else:
@@ -187,9 +186,7 @@ def conv2d_relu_pool_backward(
             if bias:
                 before_relu, partials = before_relu
                 bias_grad = implementation("relu_bias_grad", NAME, input).sum_partials(partials)
-        return conv_relu.gradients(
-            before_relu, bias_grad, dense(input), dense(weight), stride, padding, dilation, groups, needs
-        )
+        return conv_relu.gradients(before_relu, bias_grad, input, weight, stride, padding, dilation, groups, needs)
 
 
 @conv2d_relu_pool_backward.register_fake

@@ -8,7 +8,6 @@ from torch import Tensor
 
 from fastalex.ops.common import (
     call,
-    dense,
     device_of,
     differentiable,
     empty,
@@ -23,7 +22,7 @@ NAME = "local_response_norm"
 @operator("fastalex::local_response_norm")
 def local_response_norm(input: Tensor, size: int, alpha: float, beta: float, k: float, groups: int) -> Tensor:
     with device_of(input):
-        return implementation("lrn", NAME, input).lrn_fwd(dense(input), size, alpha, beta, k, groups)
+        return implementation("lrn", NAME, input).lrn_fwd(input, size, alpha, beta, k, groups)
 
 
 @local_response_norm.register_fake
@@ -36,7 +35,7 @@ def local_response_norm_backward(
     grad: Tensor, input: Tensor, size: int, alpha: float, beta: float, k: float, groups: int
 ) -> Tensor:
     with device_of(input):
-        return implementation("lrn", NAME, input).lrn_bwd(grad, dense(input), size, alpha, beta, k, groups)
+        return implementation("lrn", NAME, input).lrn_bwd(grad, input, size, alpha, beta, k, groups)
 
 
 @local_response_norm_backward.register_fake

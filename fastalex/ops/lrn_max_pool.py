@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastalex import backend
 from fastalex.ops.common import (
     call,
-    dense,
     device_of,
     differentiable,
     empty,
@@ -64,14 +64,20 @@ def backward(
     groups: int,
     kernel_size: list[int],
     stride: list[int],
+    after_relu: bool,
     bias: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
-    """The gradient of `forward`'s input and, with `bias`, its sum over all but the channels (float32)."""
+    """The gradient of `forward`'s input and, with `bias`, its sum over all but the channels (float32).
+
+    After a ReLU it is that before it.  The codes see to that, except beside NaN: Triton's fused kernel then has NaN
+    where the ReLU was 0, the others have 0 as torch.
+    """
     partials = None
     module = implementation("lrn_max_pool", NAME, input)
+    mask: dict[str, bool] = {} if backend.takes_triton(NAME, input) else {"after_relu": after_relu}
     if module.unsupported(input, size, groups, tuple(kernel_size), tuple(stride)) is None:
         grad_input = module.lrn_max_pool_bwd(
-            grad, codes, input, size, alpha, beta, k, groups=groups, bias_partials=bias
+            grad, codes, input, size, alpha, beta, k, groups=groups, bias_partials=bias, **mask
         )
         if bias:
             grad_input, partials = grad_input
@@ -80,6 +86,8 @@ def backward(
             grad, codes, tuple(input.shape[2:]), tuple(kernel_size), tuple(stride), (0, 0), (1, 1)
         )
         grad_input = implementation("lrn", NAME, input).lrn_bwd(grad_normalised, input, size, alpha, beta, k, groups)
+        if after_relu:
+            grad_input = torch.ops.aten.threshold_backward(grad_input, input, 0)
         if bias:
             partials = grad_input.float().sum((2, 3))
     if partials is None:
@@ -110,7 +118,7 @@ def lrn_max_pool2d(
 ) -> tuple[Tensor, Tensor]:
     """(N, C, H, W) -> pooled (N, C, OH, OW) and the int8 window codes, empty unless asked for."""
     with device_of(input):
-        output, found = forward(dense(input), size, alpha, beta, k, groups, kernel_size, stride, after_relu, codes)
+        output, found = forward(input, size, alpha, beta, k, groups, kernel_size, stride, after_relu, codes)
     return output, input.new_empty(0, dtype=torch.int8) if found is None else found
 
 
@@ -144,9 +152,10 @@ def lrn_max_pool2d_backward(
     groups: int,
     kernel_size: list[int],
     stride: list[int],
+    after_relu: bool,
 ) -> Tensor:
     with device_of(input):
-        return backward(grad, codes, dense(input), size, alpha, beta, k, groups, kernel_size, stride)[0]
+        return backward(grad, codes, input, size, alpha, beta, k, groups, kernel_size, stride, after_relu)[0]
 
 
 @lrn_max_pool2d_backward.register_fake
@@ -161,13 +170,14 @@ def _(
     groups: int,
     kernel_size: list[int],
     stride: list[int],
+    after_relu: bool,
 ) -> Tensor:
     return empty(input, input.shape)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     input, *parameters = inputs
-    ctx.parameters = parameters[:7]
+    ctx.parameters = parameters[:8]
     ctx.save_for_backward(output[1], input)
     ctx.mark_non_differentiable(output[1])
 

@@ -9,7 +9,6 @@ from torch import Tensor
 
 from fastalex.ops.common import (
     call,
-    dense,
     device_of,
     differentiable,
     empty,
@@ -35,7 +34,7 @@ def max_pool2d(
     """(N, C, H, W) -> the maxima (N, C, OH, OW) and the int8 window codes, empty unless asked for."""
     with device_of(input):
         output, found = implementation("max_pool", NAME, input).max_pool_fwd(
-            dense(input),
+            input,
             tuple(kernel_size),
             tuple(stride),
             tuple(padding),

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.markup import escape
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -26,7 +25,8 @@ from fastalex.evaluation.metrics import Scores
 from fastalex.evaluation.report import per_class
 from fastalex.training.loop import Epoch, Watcher
 
-console = Console()
+# names of files and classes are no markup: tables get them as Text, which is none either
+console = Console(markup=False, emoji=False)
 
 
 class ThroughputColumn(ProgressColumn):
@@ -39,7 +39,7 @@ class ProgressBar(Watcher):
 
     def __init__(self, epochs: int, images_per_epoch: int) -> None:
         self._progress = Progress(
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(),
             ThroughputColumn(),
             TimeElapsedColumn(),
@@ -107,14 +107,12 @@ class PackingBar:
             self._progress.start()
         self._progress.update(self._task, completed=done, total=total)
         for picture, reason in failures:
-            console.print(f"skipped {picture}: {reason}", highlight=False, markup=False, soft_wrap=True)
+            console.print(f"skipped {picture}: {reason}", highlight=False, soft_wrap=True)
 
 
 def print_scores(scores: Scores, pictures: int) -> None:
-    console.print(
-        f"[bold]top-1 {scores.top1:.1%}[/]   top-5 {scores.top5:.1%}   loss {scores.loss:.3f}   {pictures:,} pictures",
-        highlight=False,
-    )
+    top1 = Text(f"top-1 {scores.top1:.1%}", style="bold")
+    console.print(top1, f"  top-5 {scores.top5:.1%}   loss {scores.loss:.3f}   {pictures:,} pictures", highlight=False)
 
 
 def print_classes(confusion: Tensor, classes: tuple[str, ...], most: int = 20) -> None:
@@ -126,8 +124,8 @@ def print_classes(confusion: Tensor, classes: tuple[str, ...], most: int = 20) -
     table = Table("class", "pictures", "recognised", "precision", "most often taken for", title=title)
     for row in rows[:most]:
         precision = "-" if row.precision is None else f"{row.precision:.1%}"
-        taken = f"{escape(row.taken_for[0])} ({row.taken_for[1]:,})" if row.taken_for else "-"
-        table.add_row(escape(row.name), f"{row.pictures:,}", f"{row.recall:.1%}", precision, taken)
+        taken = f"{row.taken_for[0]} ({row.taken_for[1]:,})" if row.taken_for else "-"
+        table.add_row(Text(row.name), f"{row.pictures:,}", f"{row.recall:.1%}", precision, Text(taken))
     console.print(table)
 
 
@@ -137,7 +135,7 @@ def print_predictions(pictures: Sequence[str], probabilities: Tensor, classes: S
     table = Table("picture", f"the {top.values.shape[1]} likeliest classes")
     for picture, shares, indices in zip(pictures, top.values.tolist(), top.indices.tolist(), strict=True):
         first, *others = (f"{classes[i]} {share:.1%}" for share, i in zip(shares, indices, strict=True))
-        table.add_row(escape(picture), ", ".join([f"[bold]{escape(first)}[/]", *map(escape, others)]))
+        table.add_row(Text(picture), Text(first, style="bold") + Text("".join(f", {other}" for other in others)))
     console.print(table)
 
 
@@ -145,7 +143,7 @@ def print_description(description: Description) -> None:
     """The layers of a variant, and what is worth noticing about them."""
     table = Table(
         "layer",
-        title=f"AlexNet, variant {description.variant}, for pictures of {by(description.input)}",
+        title=Text(f"AlexNet, variant {description.variant}, for pictures of {by(description.input)}"),
         box=SIMPLE_HEAD,
         padding=0,
         collapse_padding=True,

@@ -145,7 +145,12 @@ def neighbours(sheets: Sequence[Sheet], path: Path) -> None:
 
 def shortened(text: str, length: int = 32) -> str:
     """The end of a long text, which tells paths apart better than their beginning."""
-    return text if len(text) <= length else f"...{text[3 - length :]}"
+    return plain(text if len(text) <= length else f"...{text[3 - length :]}")
+
+
+def plain(text: str) -> str:
+    """A name as it is: matplotlib takes what stands between two dollars for a formula."""
+    return text.replace("$", r"\$")
 
 
 def pixels(picture: Tensor) -> np.ndarray:
@@ -180,7 +185,7 @@ def predictions(
         photo.set_title(shortened(name), fontsize=9)
         for place, (share, index) in enumerate(zip(best.values[i].tolist(), best.indices[i].tolist(), strict=True)):
             bars.barh(place, share, height=0.3, color=BLUE if place == 0 else SKY)
-            bars.text(0, place - 0.22, f"{classes[index]}  {share:.1%}", fontsize=10, va="bottom")
+            bars.text(0, place - 0.22, f"{plain(classes[index])}  {share:.1%}", fontsize=10, va="bottom")
         bars.set(xlim=(0, 1), ylim=(top - 0.6, -0.9))
     save(figure, path)
 
@@ -209,7 +214,7 @@ def contact_sheet(
         for place, (share, index) in enumerate(zip(top.values[i].tolist(), top.indices[i].tolist(), strict=True)):
             colour = RIGHT if index == label else WRONG
             bars.barh(place, share, height=0.25, color=colour)
-            bars.text(0, place - 0.22, f"{classes[index]}  {share:.0%}", fontsize=9, va="bottom")
+            bars.text(0, place - 0.22, f"{plain(classes[index])}  {share:.0%}", fontsize=9, va="bottom")
         bars.set(xlim=(0, 1.05), ylim=(2.4, -0.8))
     save(figure, path)
 
@@ -232,8 +237,8 @@ def confusion_matrix(confusion: Tensor, classes: Sequence[str], path: Path, labe
     axes.set(title=f"{right:.1%} of {int(confusion.sum()):,} pictures recognised", xlabel="taken for", ylabel="is")
     figure.colorbar(picture, label="share of the class's pictures", shrink=0.8)
     if few:
-        axes.set_xticks(range(len(classes)), classes, rotation=45, ha="right", rotation_mode="anchor")
-        axes.set_yticks(range(len(classes)), classes)
+        axes.set_xticks(range(len(classes)), list(map(plain, classes)), rotation=45, ha="right", rotation_mode="anchor")
+        axes.set_yticks(range(len(classes)), list(map(plain, classes)))
         for row, column in confusion.nonzero().tolist():
             colour = "white" if shares[row, column] > 0.5 else "black"
             count = int(confusion[row, column])

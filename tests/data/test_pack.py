@@ -513,7 +513,7 @@ def test_one_process_at_a_time(tmp_path):
     ("options", "message"),
     [
         ({"size": 0}, r"size must lie in \[1, 4096\], got 0"),
-        ({"workers": 0}, "workers must be at least 1, got 0"),
+        ({"workers": -1}, "workers must be at least 0, got -1"),
     ],
 )
 def test_wrong_options(tmp_path, options, message):

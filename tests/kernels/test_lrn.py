@@ -1,5 +1,7 @@
 """LRN kernels against the float64 formula, elementwise; windows, layouts, borders, extremes, mutants."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -15,6 +17,7 @@ from fastalex.kernels.lrn import lrn_bwd, lrn_fwd
 from fastalex.kernels.registers import interpreting
 
 LAYOUTS = ("channels_last", "contiguous")
+KERNELS = ("channels_last", "planes", "wide")
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 PAPER = {"size": 5, "alpha": 5e-4, "beta": 0.75, "k": 2.0}
 # d varies by large factors: a wrong window, scale or exponent moves every element
@@ -217,7 +220,7 @@ def test_one_launch_a_pass(monkeypatch):
     for direction in (lrn.FORWARD, lrn.BACKWARD):
         for shape, size in (((2, 24, 2, 2), 5), ((2, 24, 2, 2), 15), ((2, 64, 2, 2), 33)):
             launches = []
-            counting = lrn.Pass(*(Recorder(launches) for _ in range(3)), vectors=direction.vectors)
+            counting = replace(direction, **dict.fromkeys(KERNELS, Recorder(launches)))
             x = torch.zeros(shape)
             lrn.launch(counting, (x, x), size, 1e-4, 0.75, 1.0, 1)
             assert len(launches) == 1
@@ -370,7 +373,7 @@ class Recorder:
 @pytest.mark.parametrize(("batch", "large"), [(7000, False), (7500, True)])
 def test_work_items_become_64_bit(batch, large, layout):
     launches = []
-    recording = lrn.Pass(*(Recorder(launches) for _ in range(3)), vectors=128)
+    recording = replace(lrn.FORWARD, **dict.fromkeys(KERNELS, Recorder(launches)))
     x = torch.empty(batch, 96, 55, 55, device="meta", dtype=torch.float16)
     x = x.to(memory_format=torch.channels_last) if layout == "channels_last" else x
     lrn.launch(recording, (x, x), 5, 1e-4, 0.75, 1.0, 1)

@@ -7,6 +7,7 @@ import triton.language as tl
 from compiling import compiled
 from tolerances import assert_matches
 
+from fastalex.kernels import catalog
 from fastalex.kernels import relu_bias_grad as module
 from fastalex.kernels.layout import is_channels_last
 from fastalex.kernels.registers import interpreting
@@ -198,6 +199,26 @@ def test_a_dropped_partial_sum_is_noticed(layout, monkeypatch):
     monkeypatch.setattr(module, "MAX_PARTIALS", 2)
     with pytest.raises(AssertionError, match="elements differ"):
         check(*sample((40, 24, 9, 9), layout=layout))
+
+
+@pytest.mark.parametrize("batch", [1, 32, 128, 1024, 4096])
+def test_sums_of_partials_are_chains_of_at_most_eight_loads(batch):
+    """In every layer of every variant: a launch adds at most eight blocks one after the other, and two levels do."""
+    found = {}
+    for entry in catalog.MODEL_ENTRIES:
+        if entry.direction == "backward":
+            launches = [one for one in catalog.launches(entry, batch) if one.name == "sum_partials_kernel"]
+            found[entry.name] = [one.argument("STEPS") for one in launches]
+    assert sum(map(len, found.values())) > 0
+    assert max(steps for chain in found.values() for steps in chain) <= module.MAX_STEPS == 8
+    assert max(map(len, found.values())) <= 2
+
+
+@pytest.mark.parametrize("rows", [1, 127, 128, 129, 1024, 1025, 20_000, 140_000])
+def test_partials_of_any_number_of_rows(rows):
+    partials = torch.randn(rows, 9)
+    wide = partials.double()
+    assert_matches(sum_partials(partials), wide.sum(0), terms=rows, magnitude=wide.abs().sum(0))
 
 
 def test_partial_sums_are_below_two_percent():

@@ -80,7 +80,6 @@ def test_unbatched_expanded_and_empty():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"kernel_size": 12}, r"kernel_size \(12, 12\) has 144 cells; windows of at most 127"),
         ({"kernel_size": 3, "stride": 0}, r"stride must be at least 1, got \(0, 0\)"),
         ({"kernel_size": 3, "padding": 2}, r"padding must be at most half of kernel_size, got \(2, 2\)"),
         ({"kernel_size": 3, "dilation": 4}, r"does not fit into the input's height 7"),

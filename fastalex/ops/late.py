@@ -1,0 +1,42 @@
+"""What belongs to a module that `import fastalex` must not bring in: done when somebody else imports that module."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.abc
+import importlib.util
+import sys
+from collections.abc import Sequence
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+
+
+def after_import(name: str, then: str) -> None:
+    """Imports the module `then` once the module `name` is there: now, or at the end of its import."""
+    if name in sys.modules:
+        importlib.import_module(then)
+    else:
+        sys.meta_path.insert(0, _Watch(name, then))
+
+
+class _Watch(importlib.abc.MetaPathFinder):
+    def __init__(self, name: str, then: str) -> None:
+        self._name, self._then = name, then
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        if fullname != self._name:
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(fullname)
+        if spec is not None and spec.loader is not None:
+            loader: importlib.abc.Loader = spec.loader
+            execute = loader.exec_module
+
+            def and_then(module: ModuleType) -> None:
+                execute(module)
+                importlib.import_module(self._then)
+
+            loader.exec_module = and_then  # type: ignore[method-assign]
+        return spec

@@ -1,0 +1,246 @@
+"""Every function of fastalex.functional against torch.nn.functional, on the CPU and by the Triton kernels."""
+
+import pytest
+import torch
+import torch.nn.functional as TF
+from fuzz_cases import DTYPES, assert_same, examples, forked, in_form, values
+from hypothesis import assume, given
+from hypothesis import strategies as st
+
+from fastalex import backend
+from fastalex import functional as F
+from fastalex.kernels.layout import dense
+
+MODES = ["auto", "triton"]
+# of sums of gradients, in parts of the largest: torch itself sums halves in several steps
+ROUNDING = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
+small = st.integers(1, 4)
+forms = st.integers(0, 11)
+pairs = lambda low, high: st.one_of(  # noqa: E731
+    st.integers(low, high).map(lambda n: (n, n)), st.tuples(st.integers(low, high), st.integers(low, high))
+)
+
+
+def dtypes(mode):
+    return st.sampled_from(DTYPES if mode == "auto" else DTYPES[:3])
+
+
+def gradients(output, inputs, grad):
+    """Of those inputs that are there; a sum where one is a view that repeats itself would be torch's, not ours."""
+    return torch.autograd.grad(output, [t for t in inputs if t is not None], grad)
+
+
+def attempt(function, *args, **kwargs):
+    """The result, or the exception that says no."""
+    try:
+        return function(*args, **kwargs)
+    except (RuntimeError, ValueError, TypeError) as error:
+        return error
+
+
+def compare(ours, theirs, inputs, grad_values, dtype, *, exact=True, floor=0.0):
+    """Forward and gradients of `ours` on `inputs` against `theirs` on packed copies; a refusal for a refusal.
+
+    The copies keep their layout: where an infinity meets padding, torch's algorithm decides about NaN.
+    """
+    mine = [t if t is None else t.detach().requires_grad_() for t in inputs]
+    copies = [t if t is None else dense(t.detach()).clone() for t in inputs]
+    copies = [t if t is None else t.requires_grad_() for t in copies]
+    expected = attempt(theirs, *copies)
+    got = attempt(ours, *mine)
+    if isinstance(expected, Exception):
+        assert isinstance(got, Exception), f"torch refuses: {expected}"
+        return
+    if isinstance(got, Exception):
+        raise AssertionError(f"torch computes {tuple(expected.shape)}") from got
+    rounding = ROUNDING[dtype]
+    assert got.dtype == dtype
+    assert_same(got, expected, 0.0 if exact else rounding, "forward")
+    with torch.no_grad():
+        assert_same(attempt(ours, *inputs), expected, 0.0 if exact else rounding, "inference")
+    if not expected.requires_grad:
+        return
+    grad = grad_values.tensor(tuple(expected.shape), dtype)
+    wanted = gradients(expected, copies, grad.to(expected.dtype))
+    names = [name for name, t in zip(("input", "weight", "bias"), copies, strict=False) if t is not None]
+    for name, a, b in zip(names, gradients(got, mine, grad), wanted, strict=True):
+        assert a.dtype == dtype
+        assert_same(a, b, rounding, f"gradient of {name}", floor)
+
+
+@st.composite
+def convolutions(draw):
+    groups = draw(st.sampled_from([1, 1, 1, 2, 3]))
+    channels, features = groups * draw(st.integers(1, 9)), groups * draw(st.integers(1, 9))
+    window, size = draw(pairs(1, 5)), draw(pairs(1, 14))
+    geometry = {"stride": draw(pairs(1, 4)), "padding": draw(pairs(0, 3)), "dilation": draw(pairs(1, 3))}
+    geometry = {name: in_form(value, draw(forms)) for name, value in geometry.items()}
+    text = draw(st.sampled_from([None, None, None, "same", "valid"]))
+    if text:
+        geometry["padding"] = text
+    geometry["groups"] = groups
+    batch = draw(st.sampled_from([1, 1, 2, 3, 0, None]))
+    shape = (channels, *size) if batch is None else (batch, channels, *size)
+    return shape, (features, channels // groups, *window), geometry
+
+
+tensors = st.tuples(values(), values(), st.one_of(st.none(), values()), values(special=False))
+
+
+def drawn(tensors, shape, weight_shape, dtype):
+    x, weight, bias, grad = tensors
+    bias = None if bias is None else bias.tensor(weight_shape[:1], dtype)
+    return [x.tensor(shape, dtype), weight.tensor(weight_shape, dtype, 1), bias], grad
+
+
+@pytest.mark.parametrize("mode", MODES)
+@examples(45)
+@given(st.data())
+def test_conv2d_relu(mode, data):
+    dtype, (shape, weight_shape, geometry) = data.draw(dtypes(mode)), data.draw(convolutions())
+    inputs, grad = drawn(data.draw(tensors), shape, weight_shape, dtype)
+
+    def theirs(x, w, b):
+        # as torch computes it without dying; pictures without a batch are none to the geometry
+        single = x.dim() == 3
+        x, geometry_, groups = F._conv2d_geometry(x[None] if single else x, w, *arguments)
+        y = TF.conv2d(x, w, b, *geometry_, groups).relu()
+        return y[0] if single else y
+
+    arguments = [geometry[name] for name in ("stride", "padding", "dilation", "groups")]
+
+    def check():
+        with backend.use(mode):
+            compare(lambda x, w, b: F.conv2d_relu(x, w, b, **geometry), theirs, inputs, grad, dtype)
+
+    forked(check)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@examples(30)
+@given(st.data())
+def test_linear_relu(mode, data):
+    dtype, (features, inputs) = data.draw(dtypes(mode)), data.draw(st.tuples(st.integers(1, 9), st.integers(0, 20)))
+    shape = (*data.draw(st.lists(st.integers(0, 4), max_size=3)), inputs)
+    tensors_, grad = drawn(data.draw(tensors), shape, (features, inputs), dtype)
+
+    def check():
+        with backend.use(mode):
+            ours = lambda x, w, b: F.linear_relu_dropout(x, w, b, p=0.0)  # noqa: E731
+            compare(ours, lambda x, w, b: TF.relu(TF.linear(x, w, b)), tensors_, grad, dtype)
+
+    forked(check)
+
+
+@st.composite
+def windows(draw, plain=False):
+    """Arguments of a pooling, as torch takes them or refuses them."""
+    found = {"kernel_size": in_form(draw(pairs(1, 4)), draw(forms))}
+    stride = draw(st.one_of(st.none(), pairs(1, 4)))
+    if stride is not None or draw(st.booleans()):
+        found["stride"] = draw(st.sampled_from([None, []])) if stride is None else in_form(stride, draw(forms))
+    if plain:
+        return found
+    for name, low, high in (("padding", 0, 2), ("dilation", 1, 3)):
+        if draw(st.booleans()):
+            found[name] = in_form(draw(pairs(low, high)), draw(forms))
+    found["ceil_mode"] = draw(st.booleans())
+    return found
+
+
+@st.composite
+def maps(draw, smallest=1):
+    shape = draw(st.sampled_from([1, 2, 3, 0])), draw(st.sampled_from([1, 1, 2, 3, 5, 8, 16, 24])), *draw(pairs(1, 12))
+    return shape
+
+
+@pytest.mark.parametrize("mode", MODES)
+@examples(60)
+@given(st.data())
+def test_max_pool2d(mode, data):
+    dtype, shape, arguments = data.draw(dtypes(mode)), data.draw(maps()), data.draw(windows())
+    if data.draw(st.integers(0, 5)) == 0:
+        shape = shape[1:]
+    x, grad = data.draw(values()).tensor(shape, dtype, 1), data.draw(values(special=False))
+    with backend.use(mode):
+        compare(
+            lambda x: F.max_pool2d(x, **arguments), lambda x: TF.max_pool2d(x, **arguments), [x], grad, dtype
+        )  # fmt: skip
+        expected = attempt(TF.max_pool2d, x, **arguments, return_indices=True)
+        got = attempt(F.max_pool2d, x, **arguments, return_indices=True)
+        if isinstance(expected, Exception):
+            assert isinstance(got, Exception)
+        elif isinstance(got, Exception):
+            raise got
+        else:
+            assert torch.equal(got[1], expected[1]), f"indices\n{got[1]}\n{expected[1]}"
+
+
+norms = st.fixed_dictionaries(
+    {
+        "size": st.integers(1, 9),
+        "alpha": st.sampled_from([1e-4, 1.0]),
+        "beta": st.sampled_from([0.75, 0.75, 0.5, 1.0, 0.6]),
+        "k": st.sampled_from([1.0, 2.0]),
+    }
+)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@examples(45)
+@given(st.data())
+def test_local_response_norm(mode, data):
+    dtype, shape, norm = data.draw(dtypes(mode)), data.draw(maps()), data.draw(norms)
+    shape = data.draw(st.sampled_from([shape, shape, shape[:3], (*shape[:3], 2, shape[3])]))
+    x, grad = data.draw(values()).tensor(shape, dtype), data.draw(values(special=False))
+    compute = dtype if dtype == torch.float64 else torch.float32
+
+    with backend.use(mode):
+        compare(
+            lambda x: F.local_response_norm(x, **norm),
+            lambda x: TF.local_response_norm(x.to(compute), **norm).to(dtype),
+            [x], grad, dtype, exact=False, floor=1.0,
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize("mode", MODES)
+@examples(35)
+@given(st.data())
+def test_lrn_max_pool2d(mode, data):
+    """Against the two operations apart: which of two nearly equal values is the larger is for rounding to say."""
+    dtype, shape, norm = data.draw(dtypes(mode)), data.draw(maps()), data.draw(norms)
+    window = data.draw(st.one_of(st.just({"kernel_size": 3, "stride": 2}), windows(plain=True)))
+    x, grad = data.draw(values()).tensor(shape, dtype), data.draw(values(special=False))
+    groups = data.draw(st.sampled_from([g for g in (1, 1, 2, 3) if shape[1] % g == 0]))
+    with backend.use(mode):
+        compare(
+            lambda x: F.lrn_max_pool2d(x, **norm, **{"stride": None, **window}, groups=groups),
+            lambda x: F.max_pool2d(F.local_response_norm(x, **norm, groups=groups), **window),
+            [x], grad, dtype, exact=False, floor=1.0,
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize("mode", MODES)
+@examples(45)
+@given(st.data())
+def test_stage(mode, data):
+    dtype, (shape, weight_shape, geometry) = data.draw(dtypes(mode)), data.draw(convolutions())
+    inputs, grad = drawn(data.draw(tensors), shape, weight_shape, dtype)
+    assume(mode == "auto" or all(t is None or t.isfinite().all() for t in inputs))  # `lrn_max_pool.backward` says why
+    norm = data.draw(st.one_of(st.none(), norms.map(lambda n: F.ResponseNorm(**n))))
+    window = data.draw(st.one_of(st.just({"kernel_size": 3, "stride": 2}), windows(plain=True)))
+    pool = {"kernel_size": window["kernel_size"], "pool_stride": window.get("stride")}
+
+    def apart(x, w, b):
+        y = F.conv2d_relu(x, w, b, **geometry)
+        if norm is not None:
+            y = F.local_response_norm(y if y.dim() == 4 else y[None], *norm[:4])
+            y = y if len(shape) == 4 else y[0]
+        return F.max_pool2d(y, **window)
+
+    def check():
+        with backend.use(mode):
+            ours = lambda x, w, b: F.conv2d_relu_max_pool2d(x, w, b, **geometry, norm=norm, **pool)  # noqa: E731
+            compare(ours, apart, inputs, grad, dtype, exact=norm is None, floor=0.0 if norm is None else 1.0)
+
+    forked(check)
