@@ -483,9 +483,15 @@ def heuristic(form, images, pixels, weight_shape, groups, dtype, precision, targ
         parts = max(1, min(triton.cdiv(ENOUGH_PROGRAMS, programs), steps // MIN_STEPS))
         # as many as there are, none empty
         parts = triton.cdiv(steps, triton.cdiv(steps, parts))
+    if dtype == torch.float32 and channels % sum(depth):
+        # masked, and loaded one by one: with 4 warps, the addresses of so many rows are 4 to 36 spills
+        four_warps //= 2
     warps = 4 if rows * sum(columns) <= four_warps else 8
-    # a fourth tile of 128 x 192 would be too much for the 99 KB of sm_86, sm_89 and sm_120
-    stages = (4 if sum(columns) <= 128 else 3) if target else 2
+    # the pipeline holds one tile less than it has stages; a third one of 128 x 192, or in tf32 of 48 channels, would be
+    # too much for the 99 KB of sm_86, sm_89 and sm_120
+    three = 3 * (rows + sum(columns)) * sum(depth) * dtype.itemsize
+    fits = sum(columns) <= 128 and not (target in (86, 89, 120) and three > 99 * 1024)
+    stages = (4 if fits else 3) if target else 2
     return Config(rows, columns, depth, warps, stages, parts=parts)
 
 

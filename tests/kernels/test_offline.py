@@ -128,13 +128,13 @@ def test_machine_code(name, dtype, target, answers):
     assert "error" not in launches
     code = launches[0]
     assert code["spills"] == code["stack"] == 0
-    if target == "gfx942":
-        # max-pool is cut for 32 lanes: half a vector per thread and 128 bytes of shared memory with 64
-        assert code["shared"] <= 128
-        assert {"16", "8"} & set(code["loads"])
-        return
     # before 3.7, Triton exchanged values between lanes through shared memory, as these kernels' backward passes do
     exchanges = "lrn" in name and "backward" in name and TRITON < (3, 7)
+    if target == "gfx942":
+        # max-pool is cut for 32 lanes: half a vector per thread and 128 bytes of shared memory with 64
+        assert code["shared"] <= 128 or exchanges
+        assert {"16", "8"} & set(code["loads"])
+        return
     assert code["shared"] == 0 or exchanges
     assert "16" in code["loads"]
     assert "16" in code["stores"]
@@ -209,7 +209,9 @@ def check_what_every_target_needs(launches, dtype, target, spilt=0):
     matrix, kilobytes = MATRIX[target]
     for code in launches:
         assert code["spills"] <= spilt
-        assert code["stack"] == 0 or spilt
+        # the argument of a call that `offline.is_spill` knows
+        called = 8 if code["tiles"] and target == "sm_120" and TRITON < (3, 7) else 0
+        assert code["stack"] <= called or spilt
         assert code["shared"] <= kilobytes * 1024
         assert code["tensor_memory"] <= 512
         assert not code["trap"]
@@ -230,7 +232,9 @@ def test_convolutions(name, dtype, target, answers):
     launches = answers[name, dtype, target]
     assert "error" not in launches
     entry = catalog.ENTRIES[f"{name}/{dtype}/channels_last"]
-    check_what_every_target_needs(launches, dtype, target)
+    # conv1's three channels are masked; `space_to_depth` makes them 48 before any form sees them
+    spilt = 8 if entry.channels == 3 and dtype == "fp32" else 0
+    check_what_every_target_needs(launches, dtype, target, spilt)
     code = launches[0]
     assert ("TF32" in str(code["products"])) == (dtype == "tf32" and target != "sm_100")
     if target == "gfx942":
@@ -269,6 +273,14 @@ GRADIENT_LOOP = {
     ("paper/conv3/conv_backward/weight_grad_descriptors", "fp16", "sm_100"): 12.9,
     ("paper/conv3/conv_backward/weight_grad_descriptors", "fp16", "sm_120"): 2.6,
 }
+# ptxas stops at 128 registers or 96 there, and moves values that the loop does not need
+SPILT_GRADIENTS = {("paper/conv2/conv_backward/input_grad", "tf32", "sm_80"): 3}
+if TRITON < (3, 7):
+    SPILT_GRADIENTS |= {
+        ("paper/conv2/conv_backward/input_grad_descriptors", "tf32", "sm_120"): 6,
+        ("paper/conv2/conv_backward/weight_grad_descriptors", "fp16", "sm_120"): 9,
+        ("paper/conv1_space_to_depth/conv_backward/weight_grad_descriptors", "fp16", "sm_120"): 10,
+    }
 ALL_GRADIENTS = [
     (name.removesuffix(f"/{kind}/channels_last"), kind, target)
     for name, entry in catalog.ENTRIES.items()
@@ -296,8 +308,7 @@ def test_gradients(name, dtype, target, answers):
     launches = answers[name, dtype, target]
     assert "error" not in launches
     entry = catalog.ENTRIES[f"{name}/{dtype}/channels_last"]
-    # ptxas stops at 128 registers there, and moves two values that the loop does not need
-    spilt = 3 if (name, dtype, target) == ("paper/conv2/conv_backward/input_grad", "tf32", "sm_80") else 0
+    spilt = SPILT_GRADIENTS.get((name, dtype, target), 0)
     check_what_every_target_needs(launches, dtype, target, spilt)
     code = launches[0]
     if target == "gfx942":
@@ -307,7 +318,9 @@ def test_gradients(name, dtype, target, answers):
         assert not code["copies"]
     elif not (entry.grad == "weight_grad" and dtype == "tf32" and target in ("sm_90", "sm_100")):
         # these take tf32 operands along the sum only, which a weight gradient's are not: copies of one element
-        assert min(map(int, code["copies"])) == 16
+        # the second tile of 48 = 32 + 16 channels has 2 elements per thread there
+        narrowest = 8 if (dtype, target) == ("fp32", "sm_120") and "conv3" not in name else 16
+        assert min(map(int, code["copies"])) >= narrowest
         assert min(map(int, code["loads"]), default=16) == 16
     assert "16" in launches[-1]["stores"] or entry.grad == "input_grad"
     if (name, dtype, target) in GRADIENT_LOOP and TRITON >= (3, 8):
@@ -397,6 +410,13 @@ def test_instructions_are_weighted_by_their_loop():
     # the move, the exit and the trap once; load and two branches three times; the rare case never
     assert offline.issued(code, 3) == {"IMAD.MOV.U32": 1, "LDG.E.128": 3, "BRA": 3 + 3 + 1, "EXIT": 1}
     assert offline.issued(code, None) is None
+
+
+def test_spills():
+    """Values that come and go, and not the zero on the stack for a call."""
+    lines = {"LDL.64 R2, [R1]": True, "STL [R1+0x8], R9": True, "STL.64 [R1], RZ   &rd=0x2 ?trans1": False}
+    assert {text: offline.is_spill(text.split()[0], text) for text in lines} == lines
+    assert not offline.is_spill("STG.E", "STG.E desc[UR4][R2.64], R5")
 
 
 def test_pipes():
