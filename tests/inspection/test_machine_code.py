@@ -23,7 +23,7 @@ MOVED = {"kernel": "lrn_fwd_kernel", "read": 2.0, "written": 2.0}
 @pytest.fixture
 def compiler(monkeypatch):
     """Stands for the compiler: what it answers per target, for every entry."""
-    answers = {"sm_90": [LAUNCH, SUM], "sm_80": [LAUNCH, SUM], "traffic": [MOVED, MOVED]}
+    answers = {"sm_90": [LAUNCH, SUM], "sm_80": [LAUNCH, SUM], "traffic": [MOVED, {**MOVED, "kernel": SUM["kernel"]}]}
     answers["gfx942"] = [{**LAUNCH, "instructions": None, "pipes": {}}, SUM]
     monkeypatch.setattr(offline, "results", lambda asked: {request: answers[request[1]] for request in asked})
     return answers

@@ -1,5 +1,7 @@
 """Arguments in every form that torch.nn.functional takes, PyTorch's own samples among them, in any memory."""
 
+from unittest import mock
+
 import numpy as np
 import pytest
 import torch
@@ -8,7 +10,9 @@ import torch.nn.functional as TF
 from fastalex import backend, nn
 from fastalex import functional as F
 
-common = pytest.importorskip("torch.testing._internal.common_methods_invocations", exc_type=ImportError)
+# it would freeze the settings of torch.backends for every test of this process
+with mock.patch("torch.backends.disable_global_flags"):
+    common = pytest.importorskip("torch.testing._internal.common_methods_invocations", exc_type=ImportError)
 REFUSALS = (RuntimeError, ValueError, TypeError)
 FUNCTIONS = {
     "conv2d": (F.conv2d_relu, lambda *args, **kwargs: TF.conv2d(*args, **kwargs).relu()),

@@ -199,7 +199,7 @@ def test_empty_batch():
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        ({"x": (8, 9, 11)}, ValueError, r"input must be \(N, C, H, W\), got shape \(8, 9, 11\)"),
+        ({"x": (9, 11)}, ValueError, r"input must be \(N, C, H, W\).*, got shape \(9, 11\)"),
         ({"x": (2, 6, 9, 11)}, ValueError, "input has 6 channels, weight .* with groups=2 takes 8"),
         ({"b": (15,)}, ValueError, r"bias must have shape \(16,\)"),
         ({"x": (2, 8, 0, 11)}, ValueError, "larger than the padded input height 2"),
