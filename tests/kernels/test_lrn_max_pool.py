@@ -168,7 +168,11 @@ def test_forward(case, dtype, after_relu):
     y, _ = check_forward(x, size, groups=groups, after_relu=after_relu, config=config)
     values, none = fused.lrn_max_pool_fwd(x, size, ALPHA, BETA, K, groups=groups, codes=False, config=config)
     assert none is None
-    assert torch.equal(values, y)
+    if interpreting():
+        assert torch.equal(values, y)
+    else:  # two kernels, which may contract different products and sums into fma
+        exact = reference.lrn_max_pool2d(x.double(), size, ALPHA, BETA, K, groups=groups)
+        assert_matches(values, exact, terms=size)
 
 
 @cases
