@@ -117,11 +117,7 @@ class Log:
 
     def ended(self, phase: str, stage: str) -> dict[str, Row]:
         """The last line of each item of a stage that has ended, well or badly."""
-        return {
-            line["item"]: line
-            for line in self.read()
-            if (line.get("phase"), line.get("stage")) == (phase, stage) and line.get("state") in ("done", "failed")
-        }
+        return {row["item"]: row for row in iterate_rows(self.read(), phase, stage)}
 
     def begun(self, phase: str, stage: str, process: int) -> str | None:
         """The item that a process has begun and not ended."""
