@@ -23,10 +23,10 @@ import torch
 from torch import Tensor, fx, nn
 
 from fastalex import backend, ops, reference
-from fastalex.kernels.window_code import MAX_CELLS
+from fastalex.kernels.geometry import MAX_CELLS, output_size
 from fastalex.ops import conv_relu
 from fastalex.ops.common import call
-from fastalex.reference import IntOrPair, pair, pooled_size
+from fastalex.reference import IntOrPair, pair
 
 __all__ = [
     "ResponseNorm",
@@ -397,10 +397,11 @@ def _check_pool(
             raise ValueError(f"{name} must be at least {least}, got {value}")
     if min(shape[1:]) == 0:
         raise ValueError(f"input may be empty in its batch only, got shape {tuple(shape)}")
+    out = output_size(shape[2:], window, stride, padding, dilation, ceil_mode)
     for axis, name in ((0, "height"), (1, "width")):
         if 2 * padding[axis] > window[axis]:
             raise ValueError(f"padding must be at most half of kernel_size, got {padding} for {window}")
-        if pooled_size(shape[2 + axis], window[axis], stride[axis], padding[axis], dilation[axis], ceil_mode) < 1:
+        if out[axis] < 1:
             raise ValueError(
                 f"the window kernel_size {window} with padding {padding} and dilation {dilation} does not fit into "
                 f"the input's {name} {shape[2 + axis]}"

@@ -15,13 +15,13 @@ import torch
 import triton
 import triton.language as tl
 
+from .geometry import output_size
 from .implicit_gemm import (
     NARROWEST,
     capability,
     descriptor,
     multiply_add,
     next_step,
-    output_size,
     split_tile,
     tap_range,
 )

@@ -22,12 +22,12 @@ import torch
 import triton
 import triton.language as tl
 
+from .geometry import output_size
 from .implicit_gemm import (
     capability,
     descriptor,
     multiply_add,
     next_step,
-    output_size,
     split_tile,
     tap_bits,
     tap_range,

@@ -47,14 +47,6 @@ def split_tile(count, limit):
     return max(a for a in widths if padded[a] <= 1.25 * min(padded.values())), 0
 
 
-def output_size(size, kernel, stride, padding, dilation):
-    """(OH, OW) of a convolution; pairs of ints, padding ((top, bottom), (left, right)).  May be less than 1."""
-    return tuple(
-        (length + sum(pads) - d * (taps - 1) - 1) // step + 1
-        for length, taps, step, pads, d in zip(size, kernel, stride, padding, dilation, strict=True)
-    )
-
-
 @triton.jit
 def tap_range(start, size, taps, DILATION: tl.constexpr):
     """[first, stop) of the taps t for which start + t * DILATION lies in [0, size); first = stop if there are none."""

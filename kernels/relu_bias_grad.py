@@ -11,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .layout import dense, in_layout_of, is_channels_last
+from .geometry import dense, in_layout_of, is_channels_last
 from .registers import DTYPES, warps
 
 THREADS = 128

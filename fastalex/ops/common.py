@@ -21,7 +21,7 @@ from torch.autograd import forward_ad
 from torch.nn import Parameter
 
 from fastalex import backend
-from fastalex.kernels.layout import dense, memory_format
+from fastalex.kernels.geometry import dense, memory_format
 
 
 def empty(like: Tensor, shape: tuple[int, ...] | list[int], dtype: torch.dtype | None = None) -> Tensor:

@@ -19,7 +19,8 @@ from torch import Tensor
 
 from fastalex import dispatch
 from fastalex.dispatch import Candidate, Operation
-from fastalex.kernels.layout import fold_weight, memory_format, unfold_weight_grad
+from fastalex.kernels import geometry
+from fastalex.kernels.geometry import fold_weight, memory_format, unfold_weight_grad
 
 FORMS = ("batch_tiled", "descriptors", "spatial", "split_k")
 Sizes = Sequence[int]
@@ -33,10 +34,7 @@ def output_format(input: Tensor, weight: Tensor) -> torch.memory_format:
 
 
 def output_size(input: Tensor, weight: Tensor, stride: Sizes, padding: Sizes, dilation: Sizes) -> tuple[int, ...]:
-    return tuple(
-        (input.shape[2 + i] + 2 * padding[i] - dilation[i] * (weight.shape[2 + i] - 1) - 1) // stride[i] + 1
-        for i in (0, 1)
-    )
+    return geometry.output_size(input.shape[2:], weight.shape[2:], stride, padding, dilation)
 
 
 def describe(input: Tensor, weight: Tensor, stride: Sizes, padding: Sizes, dilation: Sizes, groups: int) -> str:

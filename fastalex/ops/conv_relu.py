@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastalex import backend, dispatch
-from fastalex.kernels.layout import memory_format
+from fastalex.kernels.geometry import memory_format
 from fastalex.ops.common import (
     call,
     device_of,

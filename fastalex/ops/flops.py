@@ -9,15 +9,15 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import register_flop_formula
 
-from fastalex.reference import convolved_size
+from fastalex.kernels.geometry import output_size
 
 OPS = torch.ops.fastalex
 Shape = Sequence[int]
 
 
 def convolution(input: Shape, weight: Shape, stride: Shape, padding: Shape, dilation: Shape) -> int:
-    sizes = zip(input[2:], weight[2:], stride, padding, dilation, strict=True)
-    return 2 * input[0] * math.prod(convolved_size(*size) for size in sizes) * math.prod(weight)
+    out = output_size(input[2:], weight[2:], stride, padding, dilation)
+    return 2 * input[0] * math.prod(out) * math.prod(weight)
 
 
 @register_flop_formula([OPS.conv2d_relu, OPS.conv2d_relu_pool])

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fastalex import backend
+from fastalex.kernels.geometry import output_size
 from fastalex.ops.common import (
     call,
     device_of,
@@ -18,7 +19,6 @@ from fastalex.ops.common import (
     operator,
     refuse_double_backward,
 )
-from fastalex.reference import pooled_size
 
 NAME = "lrn_max_pool2d"
 
@@ -96,11 +96,7 @@ def backward(
 
 
 def pooled_shape(shape: Sequence[int], kernel_size: list[int], stride: list[int]) -> tuple[int, ...]:
-    return (
-        *shape[:2],
-        pooled_size(shape[2], kernel_size[0], stride[0], 0, 1, False),
-        pooled_size(shape[3], kernel_size[1], stride[1], 0, 1, False),
-    )
+    return (*shape[:2], *output_size(shape[2:], kernel_size, stride))
 
 
 @operator("fastalex::lrn_max_pool2d")

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastalex.kernels.geometry import output_size
 from fastalex.ops.common import (
     call,
     device_of,
@@ -16,7 +17,6 @@ from fastalex.ops.common import (
     operator,
     refuse_double_backward,
 )
-from fastalex.reference import pooled_size
 
 NAME = "max_pool2d"
 
@@ -55,10 +55,7 @@ def _(
     ceil_mode: bool,
     codes: bool,
 ) -> tuple[Tensor, Tensor]:
-    height, width = (
-        pooled_size(input.shape[2 + i], kernel_size[i], stride[i], padding[i], dilation[i], ceil_mode) for i in (0, 1)
-    )
-    shape = (input.shape[0], input.shape[1], height, width)
+    shape = (*input.shape[:2], *output_size(input.shape[2:], kernel_size, stride, padding, dilation, ceil_mode))
     found = empty(input, shape, torch.int8) if codes else input.new_empty(0, dtype=torch.int8)
     return empty(input, shape), found
 

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from tolerances import assert_matches
 from triton.runtime.interpreter import InterpreterBuilder
 
-from fastalex.kernels import catalog, traffic
+from fastalex.inspection import catalog, traffic
 from fastalex.kernels import conv_backward as module
 from fastalex.kernels.conv_backward import (
     conv_input_grad,

@@ -11,10 +11,11 @@ from compiling import compiled
 from tolerances import SLACK, UNIT_ROUNDOFF, assert_matches
 from triton.runtime.interpreter import InterpreterBuilder
 
+from fastalex.inspection import traffic
 from fastalex.kernels import conv_relu as module
-from fastalex.kernels import traffic
 from fastalex.kernels.conv_relu import FORMS, Config, conv_relu, unsupported
-from fastalex.kernels.implicit_gemm import output_size, split_tile
+from fastalex.kernels.geometry import output_size
+from fastalex.kernels.implicit_gemm import split_tile
 from fastalex.kernels.registers import interpreting
 
 HALF, BRAIN, SINGLE = torch.float16, torch.bfloat16, torch.float32

@@ -9,7 +9,7 @@ import sys
 import launching
 import pytest
 
-from fastalex.kernels import catalog
+from fastalex.inspection import catalog
 
 pytestmark = pytest.mark.skipif(shutil.which("gcc") is None, reason="there is no gcc to build a libcuda with")
 
@@ -112,7 +112,7 @@ ILLEGAL = """
 import sys
 import launching
 launching.install(sys.argv[1])
-from fastalex.kernels import catalog
+from fastalex.inspection import catalog
 [one] = catalog.launches(catalog.ENTRIES["caffenet/conv1/lrn/forward/fp16/channels_last"])
 for grid in (one.grid, (1, 65536), (1, 1, 65536)):
     try:

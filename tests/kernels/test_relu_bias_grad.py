@@ -7,9 +7,9 @@ import triton.language as tl
 from compiling import compiled
 from tolerances import assert_matches
 
-from fastalex.kernels import catalog
+from fastalex.inspection import catalog
 from fastalex.kernels import relu_bias_grad as module
-from fastalex.kernels.layout import is_channels_last
+from fastalex.kernels.geometry import is_channels_last
 from fastalex.kernels.registers import interpreting
 from fastalex.kernels.relu_bias_grad import relu_bias_grad, sum_partials
 

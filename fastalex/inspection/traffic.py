@@ -12,7 +12,8 @@ import numpy as np
 from triton.runtime.interpreter import InterpreterBuilder
 from triton.runtime.jit import KernelInterface
 
-from . import catalog, interpreter, lrn_max_pool, max_pool, relu_bias_grad
+from fastalex.inspection import catalog, interpreter
+from fastalex.kernels import lrn_max_pool, max_pool, relu_bias_grad
 
 SECTOR = 32
 

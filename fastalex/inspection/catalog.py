@@ -13,13 +13,30 @@ from typing import Any
 import torch
 from triton.runtime.jit import KernelInterface
 
-from . import augment, bias_relu, conv_backward, conv_relu, lrn, lrn_max_pool, max_pool, relu_bias_grad, space_to_depth
+from fastalex.alexnet import VARIANTS, AlexNet
+from fastalex.kernels import (
+    augment,
+    bias_relu,
+    conv_backward,
+    conv_relu,
+    lrn,
+    lrn_max_pool,
+    max_pool,
+    relu_bias_grad,
+    space_to_depth,
+)
+from fastalex.kernels.geometry import output_size
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 LAYOUTS = {"channels_last": torch.channels_last, "nchw": torch.contiguous_format}
 # The batch of the paper, and of every number that depends on one.
 BATCH = 128
 POOL = ((3, 3), (2, 2), (0, 0), (1, 1))
+
+
+def windows(side, kernel, stride, padding=0):
+    """The side of a square map's output."""
+    return output_size((side,), (kernel,), (stride,), (padding,), (1,))[0]
 
 
 @dataclass(frozen=True)
@@ -38,7 +55,7 @@ class Entry:
     direction: str
     channels: int
     side: int
-    norm: tuple | None = None
+    norm: tuple[Any, ...] = ()
     fused: bool = False
     dropout: float = 0.0
     padding: tuple = ()
@@ -75,7 +92,7 @@ class Entry:
             space_to_depth.space_to_depth(images, 4, self.padding)
             return
         x = self.tensor(self.side, batch, device)
-        pooled = (self.side - 3) // 2 + 1
+        pooled = windows(self.side, 3, 2)
         if self.operation == "bias_relu":
             bias = torch.zeros(self.channels, dtype=x.dtype, device=device)
             seed = torch.zeros(1, dtype=torch.int64, device=device) if self.dropout else None
@@ -141,7 +158,7 @@ class ConvEntry:
 
     @property
     def out_side(self):
-        return (self.side + 2 * self.padding - self.kernel) // self.stride + 1
+        return windows(self.side, self.kernel, self.stride, self.padding)
 
     @property
     def image_elements(self):
@@ -156,7 +173,7 @@ class ConvEntry:
     @property
     def shape(self):
         """What all forms and dtypes of a layer have in common: the fields from `variant` to `groups`."""
-        return tuple(getattr(self, field.name) for field in fields(self)[:9])
+        return {field.name: getattr(self, field.name) for field in fields(self)[:9]}
 
     @property
     def geometry(self):
@@ -294,7 +311,7 @@ def launches(entry, batch=None):
     return found
 
 
-def stage(variant, layer, channels, side, *, norm=None, pool=False, relu_first=True, pool_first=False):
+def stage(variant, layer, channels, side, *, norm=(), pool=False, relu_first=True, pool_first=False):
     """The entries of one convolution and of what follows it."""
     plain = Entry(variant, layer, "", "", channels, side)
     pooling = replace(plain, operation="max_pool", fused=relu_first)
@@ -308,20 +325,22 @@ def stage(variant, layer, channels, side, *, norm=None, pool=False, relu_first=T
     if pool:
         out += [replace(pooling, direction=direction) for direction in ("forward", "inference", "backward")]
     if norm and pool_first:
-        alone = replace(plain, operation="lrn", norm=norm, side=(side - 3) // 2 + 1)
+        alone = replace(plain, operation="lrn", norm=norm, side=windows(side, 3, 2))
         out += [replace(alone, direction=direction) for direction in ("forward", "backward")]
     return out
 
 
-def images(variant, side, padding):
+def images(variant):
     """The entries of conv1's input, as blocks of 4x4 pixels: for the convolution, and again for its weight gradient."""
-    plain = Entry(variant, "conv1", "space_to_depth", "forward", 3, side, padding=padding)
+    with torch.device("meta"):
+        padding = AlexNet(variant=replace(variant, init="torch")).block_padding(variant.crop, variant.crop)
+    plain = Entry(variant.name, "conv1", "space_to_depth", "forward", 3, variant.crop, padding=padding)
     return [plain, replace(plain, direction="backward")]
 
 
-def hidden(variant, layer, dropout):
+def hidden(variant, layer, features, dropout):
     """The entries of one hidden linear layer; without dropout they are those of inference, too."""
-    plain = Entry(variant, layer, "bias_relu", "forward", 4096, 1)
+    plain = Entry(variant, layer, "bias_relu", "forward", features, 1)
     out = [
         replace(plain, dropout=dropout),
         replace(plain, operation="relu_bias_grad", direction="backward", dropout=dropout),
@@ -331,37 +350,32 @@ def hidden(variant, layer, dropout):
     return out
 
 
-def two_columns(variant, norm, relu_first=True, pool_first=False):
-    """The network of 2012 and its relatives."""
-    wiring = {"pool": True, "relu_first": relu_first, "pool_first": pool_first}
-    return [
-        *stage(variant, "conv1", 96, 55, norm=norm, **wiring),
-        *stage(variant, "conv2", 256, 27, norm=norm, **wiring),
-        *stage(variant, "conv3", 384, 13),
-        *stage(variant, "conv4", 384, 13),
-        *stage(variant, "conv5", 256, 13, **wiring),
-        *hidden(variant, "fc6", 0.5),
-        *hidden(variant, "fc7", 0.5),
-    ]
+def convolutions(variant):
+    """The variant's convolutions; of a launcher whose form is still to be chosen."""
+    side, channels = variant.crop + variant.pad_end, variant.in_channels
+    for number, conv in enumerate(variant.convs, 1):
+        geometry = (conv.kernel_size, conv.stride, conv.padding, conv.groups)
+        yield ConvEntry(variant.name, f"conv{number}", channels, side, conv.channels, *geometry)
+        side, channels = windows(side, conv.kernel_size, conv.stride, conv.padding), conv.channels
+        if conv.pool:
+            side = windows(side, conv.pool, conv.pool_stride)
 
 
-MODEL_ENTRIES = [
-    *images("paper", 224, ((2, 2), (2, 2))),
-    *two_columns("paper", (5, 5e-4, 0.75, 2.0, 1)),
-    *two_columns("code2012", (5, 1e-4, 0.75, 2.0, 2), relu_first=False),
-    *images("bvlc_alexnet", 227, ((0, 1), (0, 1))),
-    *two_columns("bvlc_alexnet", (5, 1e-4, 0.75, 1.0, 1)),
-    *images("caffenet", 227, ((0, 1), (0, 1))),
-    *two_columns("caffenet", (5, 1e-4, 0.75, 1.0, 1), pool_first=True),
-    *images("torchvision", 224, ((2, 2), (2, 2))),
-    *stage("torchvision", "conv1", 64, 55, pool=True),
-    *stage("torchvision", "conv2", 192, 27, pool=True),
-    *stage("torchvision", "conv3", 384, 13),
-    *stage("torchvision", "conv4", 256, 13),
-    *stage("torchvision", "conv5", 256, 13, pool=True),
-    *hidden("torchvision", "fc6", 0.5),
-    *hidden("torchvision", "fc7", 0.0),
-]
+def entries_of(variant):
+    """The entries of a variant but its convolutions.  Its dropout is 0.5."""
+    relu_first = variant.relu == "first"
+    # a convolution without a ReLU behind it is the library's, on images as they are
+    out = images(variant) if relu_first else []
+    for conv, call in zip(variant.convs, convolutions(variant), strict=True):
+        wiring = {"pool": bool(conv.pool), "relu_first": relu_first, "pool_first": variant.pool_first}
+        out += stage(variant.name, call.layer, conv.channels, call.out_side, norm=tuple(conv.norm or ()), **wiring)
+    dropouts = (0.5, 0.0 if variant.dropout_first else 0.5)
+    for layer, features, dropout in zip(("fc6", "fc7"), variant.hidden, dropouts, strict=True):
+        out += hidden(variant.name, layer, features, dropout)
+    return out
+
+
+MODEL_ENTRIES = [entry for variant in VARIANTS.values() for entry in entries_of(variant)]
 ENTRIES = {
     entry.name: entry
     for base in MODEL_ENTRIES
@@ -373,20 +387,16 @@ ENTRIES = {
     for entry in [replace(base, dtype=dtype, layout=layout)]
 }
 
-# conv1 also as a 3x3 convolution of what space-to-depth makes of the images: 48 channels, without padding.
+# conv1 also as a 3x3 convolution of what space-to-depth makes of the images: 48 channels, without padding
 CONV_LAYERS = [
-    ConvEntry("paper", "conv1", 3, 224, 96, 11, 4, 2, 1),
-    ConvEntry("paper", "conv1_space_to_depth", 48, 57, 96, 3, 1, 0, 1),
-    ConvEntry("paper", "conv2", 96, 27, 256, 5, 1, 2, 2),
-    ConvEntry("paper", "conv3", 256, 13, 384, 3, 1, 1, 1),
-    ConvEntry("paper", "conv4", 384, 13, 384, 3, 1, 1, 2),
-    ConvEntry("paper", "conv5", 384, 13, 256, 3, 1, 1, 2),
-    ConvEntry("torchvision", "conv1", 3, 224, 64, 11, 4, 2, 1),
-    ConvEntry("torchvision", "conv1_space_to_depth", 48, 57, 64, 3, 1, 0, 1),
-    ConvEntry("torchvision", "conv2", 64, 27, 192, 5, 1, 2, 1),
-    ConvEntry("torchvision", "conv3", 192, 13, 384, 3, 1, 1, 1),
-    ConvEntry("torchvision", "conv4", 384, 13, 256, 3, 1, 1, 1),
-    ConvEntry("torchvision", "conv5", 256, 13, 256, 3, 1, 1, 1),
+    layer
+    for name in ("paper", "torchvision")
+    for conv in convolutions(VARIANTS[name])
+    for layer in (
+        [conv, ConvEntry(name, "conv1_space_to_depth", 48, 57, conv.features, 3, 1, 0, 1)]
+        if conv.layer == "conv1"
+        else [conv]
+    )
 ]
 ENTRIES |= {
     entry.name: entry
@@ -408,7 +418,7 @@ ENTRIES |= {
     if not (base.layer == "conv1_space_to_depth" and form.startswith("input_grad"))
     for dtype, precision in [("fp16", "ieee"), ("bf16", "ieee"), ("fp32", "ieee"), ("fp32", "tf32")]
     if not (form.endswith("descriptors") and (dtype, precision) == ("fp32", "ieee"))
-    for entry in [ConvGradEntry(*base.shape, form=form, dtype=dtype, precision=precision)]
+    for entry in [ConvGradEntry(**base.shape, form=form, dtype=dtype, precision=precision)]
 }
 
 ENTRIES |= {entry.name: entry for block in (1, 4) for dtype in DTYPES for entry in [AugmentEntry(block, dtype)]}
