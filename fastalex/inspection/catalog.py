@@ -106,8 +106,9 @@ class Entry:
         elif self.direction == "backward":
             grad = self.tensor(pooled, batch, device)
             codes = self.tensor(pooled, batch, device, torch.int8)
+            partials: Any = self.fused  # which overload it is, a type checker need not know
             if self.operation == "max_pool":
-                out = max_pool.max_pool_bwd(grad, codes, (self.side, self.side), *POOL, bias_partials=self.fused)
+                out = max_pool.max_pool_bwd(grad, codes, (self.side, self.side), *POOL, bias_partials=partials)
             else:
                 *norm, groups = self.norm
                 out = lrn_max_pool.lrn_max_pool_bwd(grad, codes, x, *norm, groups=groups, bias_partials=self.fused)
