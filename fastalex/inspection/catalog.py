@@ -19,6 +19,7 @@ from fastalex.kernels import (
     bias_relu,
     lrn,
     lrn_max_pool,
+    lrn_max_pool_backward,
     max_pool,
     partial_sums,
     relu_bias_grad,
@@ -111,7 +112,9 @@ class Entry:
                 out = max_pool.max_pool_bwd(grad, codes, (self.side, self.side), *POOL, bias_partials=partials)
             else:
                 *norm, groups = self.norm
-                out = lrn_max_pool.lrn_max_pool_bwd(grad, codes, x, *norm, groups=groups, bias_partials=self.fused)
+                out = lrn_max_pool_backward.lrn_max_pool_bwd(
+                    grad, codes, x, *norm, groups=groups, bias_partials=self.fused
+                )
             if self.fused:
                 partial_sums.sum_partials(out[1])
         else:
