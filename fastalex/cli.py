@@ -115,11 +115,12 @@ def train(
     import torch
 
     from fastalex import distributed
-    from fastalex.alexnet import VARIANTS, AlexNet
+    from fastalex.alexnet import AlexNet
     from fastalex.checkpoint import STATE
     from fastalex.data.image_sets import FashionMNIST
     from fastalex.data.preprocessing import Preprocessing
     from fastalex.training import loop, recipes
+    from fastalex.variants import VARIANTS
     from fastalex.visualize.console import ProgressBar, console
 
     chosen = recipes.RECIPES[recipe or ("demo" if variant in (None, "demo") else "paper")]

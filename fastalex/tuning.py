@@ -18,12 +18,13 @@ import torch
 from torch import Tensor, nn
 
 from fastalex import dispatch
-from fastalex.alexnet import VARIANTS, AlexNet
+from fastalex.alexnet import AlexNet
 from fastalex.check.runner import Child, Context, Item, Log, Row, Stage, end, run_stage, watch
 from fastalex.dispatch import Measurement, Operation
+from fastalex.explain import dispatched, operator_calls
 from fastalex.ops.common import device_of
 from fastalex.ops.conv_candidates import CONV2D_INPUT_GRAD
-from fastalex.ops.explanation import dispatched, operator_calls
+from fastalex.variants import VARIANTS
 
 
 def tune_model(

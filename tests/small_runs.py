@@ -5,12 +5,12 @@ from dataclasses import replace
 import torch
 
 from fastalex import AlexNet
-from fastalex.alexnet import Conv, Variant
 from fastalex.data.image_sets import epoch_generator
 from fastalex.data.preprocessing import Preprocessing
 from fastalex.functional import ResponseNorm
 from fastalex.training import loop
 from fastalex.training.recipes import Recipe
+from fastalex.variants import Conv, Variant
 
 TINY = Variant(
     "tiny",
