@@ -120,6 +120,8 @@ def train(
     from fastalex.data.image_sets import FashionMNIST
     from fastalex.data.preprocessing import Preprocessing
     from fastalex.training import loop, recipes
+    from fastalex.training.options import Options
+    from fastalex.training.stopping import Stopped
     from fastalex.variants import VARIANTS
     from fastalex.visualize.console import ProgressBar, console
 
@@ -137,7 +139,7 @@ def train(
         "seed": seed,
     }
     chosen = replace(chosen, **{name: value for name, value in given.items() if value is not None})
-    options = loop.Options(accumulate, compile, parallel, save_minutes, save_steps, tensorboard)
+    options = Options(accumulate, compile, parallel, save_minutes, save_steps, tensorboard)
     if deterministic:
         # cuBLAS reads it when it starts
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -168,9 +170,9 @@ def train(
         model = model.to(where).to(memory_format=torch.channels_last)
         bar = ProgressBar(chosen.epochs, images.count("train")) if first else contextlib.nullcontext()
         try:
-            with bar as watcher:
-                loop.train(model, images, chosen, out, options=options, resume=exists, watcher=watcher)
-        except loop.Stopped as stopped:
+            with bar as callback:
+                loop.train(model, images, chosen, out, options=options, resume=exists, callback=callback)
+        except Stopped as stopped:
             if first:
                 console.print(f"{stopped}; the same command with --resume goes on with {out}", soft_wrap=True)
             raise SystemExit(128 + stopped.signal) from None

@@ -23,7 +23,7 @@ from torch import Tensor
 from fastalex.describe import Description, by
 from fastalex.evaluation.metrics import Scores
 from fastalex.evaluation.report import per_class
-from fastalex.training.loop import Epoch, Watcher
+from fastalex.training.progress import Callback, Epoch
 
 # names of files and classes are no markup: tables get them as Text, which is none either
 console = Console(markup=False, emoji=False)
@@ -34,7 +34,7 @@ class ThroughputColumn(ProgressColumn):
         return Text(f"{task.speed:,.0f} images/s" if task.speed else "- images/s", style="cyan")
 
 
-class ProgressBar(Watcher):
+class ProgressBar(Callback):
     """A bar over the whole run with throughput and time left, and a line for every epoch."""
 
     def __init__(self, epochs: int, images_per_epoch: int) -> None:
