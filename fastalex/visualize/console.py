@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
@@ -27,6 +28,14 @@ from fastalex.training.progress import Callback, Epoch
 
 # names of files and classes are no markup: tables get them as Text, which is none either
 console = Console(markup=False, emoji=False)
+
+
+def tell(line: str) -> None:
+    console.print(line, soft_wrap=True, highlight=False)
+
+
+def tell_written(paths: Sequence[Path]) -> None:
+    tell("wrote " + ", ".join(map(str, paths)))
 
 
 class ThroughputColumn(ProgressColumn):
