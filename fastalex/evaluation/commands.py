@@ -50,14 +50,14 @@ def evaluate(
         console.print(f"wrote {out / 'scores.json'} and {out / 'confusion.png'}", soft_wrap=True)
 
 
-def predict(images: Sequence[Path], weights: str, *, top: int, ten_crop: bool, out: Path, device: str | None) -> None:
+def predict(paths: Sequence[Path], weights: str, *, top: int, ten_crop: bool, out: Path, device: str | None) -> None:
     """Print the likeliest classes of pictures (by default, of the photos that come with scikit-image) and draw them."""
     if top < 1:
         raise ValueError(f"--top must be at least 1, got {top}")
-    paths = images or default_photos()
+    files = paths or default_photos()
     model, card = load_classifier(weights)
-    pictures = [read_picture(path, card.preprocessing) for path in paths]
-    probabilities = classify(model.to(find_device(device)), pictures, card.preprocessing, ten_crop=ten_crop)
-    print_predictions([str(path) for path in images] or [path.name for path in paths], probabilities, card.classes, top)
-    figures.predictions(pictures, [path.name for path in paths], probabilities, card.classes, out, top)
+    images = [read_picture(path, card.preprocessing) for path in files]
+    probabilities = classify(model.to(find_device(device)), images, card.preprocessing, ten_crop=ten_crop)
+    print_predictions([str(path) for path in paths] or [path.name for path in files], probabilities, card.classes, top)
+    figures.predictions(images, [path.name for path in files], probabilities, card.classes, out, top)
     console.print(f"wrote {out}", soft_wrap=True)

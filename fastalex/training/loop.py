@@ -87,7 +87,7 @@ class Run:
         self.forward = prepare(model, data.preprocessing, recipe, options, self.device)
         self.optimizer = make_optimizer(model, recipe)  # of the parameters that are left in this process
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=recipe.amp == "fp16")
-        self.state = State(model, self.optimizer, self.scaler, data, recipe, folder)
+        self.state = State(model, self.optimizer, self.scaler, data, recipe, folder, self.steps_per_epoch)
         self.stopping = Stopping(
             self.device,
             save_minutes=options.save_minutes,

@@ -22,7 +22,7 @@ from fastalex.training.recipes import Recipe
 
 
 class State:
-    """What the step at hand needs of those before it; with the model, nothing else has to be saved.
+    """Model, optimizer, and how far they have come: all that the next step needs of those before it.
 
     step: of the whole run, the next one to take.  lr: of the step before.  history: the epochs that are done.
     Of the epoch under way: loss, the sum over this process's images; seconds; waited, those of them that went by
@@ -37,10 +37,11 @@ class State:
         data: ImageSet,
         recipe: Recipe,
         folder: Path,
+        steps_per_epoch: int,
     ) -> None:
         self._model, self._optimizer, self._scaler = model, optimizer, scaler
         self._data, self._recipe, self._folder = data, recipe, folder
-        self.steps_per_epoch = recipe.steps_per_epoch(data.count("train"))
+        self._steps_per_epoch = steps_per_epoch
         self.step = 0
         self.lr = recipe.lr
         self.history: list[Epoch] = []
@@ -51,7 +52,7 @@ class State:
     @property
     def steps_of_epoch(self) -> int:
         """The steps that the epoch under way has taken."""
-        return self.step - len(self.history) * self.steps_per_epoch
+        return self.step - len(self.history) * self._steps_per_epoch
 
     @property
     def is_saved(self) -> bool:

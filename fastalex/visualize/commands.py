@@ -40,21 +40,21 @@ def filters(weights: str, out: Path) -> None:
     tell_written([drawing, page])
 
 
-def maps(weights: str, images: Sequence[Path], layer: str, out: Path, *, device: str | None) -> None:
+def maps(weights: str, paths: Sequence[Path], layer: str, out: Path, *, device: str | None) -> None:
     """activations-LAYER-PICTURE.png for each picture, and activations-LAYER.html with all."""
-    paths = images or default_photos()
+    paths = paths or default_photos()
     model, card = load_classifier(weights)
     where = find_device(device)
     model = model.to(where)
     drawings: list[Path] = []
     sections = []
-    pictures = [read_picture(path, card.preprocessing) for path in paths]
-    for path, picture in zip(paths, pictures, strict=True):
-        found = as_maps(activations(model, card.preprocessing.for_evaluation(picture[None].to(where)), layer)[0])
+    images = [read_picture(path, card.preprocessing) for path in paths]
+    for path, image in zip(paths, images, strict=True):
+        found = as_maps(activations(model, card.preprocessing.for_evaluation(image[None].to(where)), layer)[0])
         drawing = out / f"activations-{layer}-{path.stem}.png"
         if drawing in drawings:
             raise ValueError(f"two pictures are called {path.stem}: their files would overwrite each other")
-        figures.activation_maps(picture, found, path.name, layer, drawing)
+        figures.activation_maps(image, found, path.name, layer, drawing)
         drawings.append(drawing)
         tiles = [
             Tile(tile, f"{number}: {peak:.2f}")
@@ -67,7 +67,7 @@ def maps(weights: str, images: Sequence[Path], layer: str, out: Path, *, device:
             Section(
                 path.name,
                 f"{layer}: {by(found.shape)}, each map from its least (dark) to its greatest value (below it).",
-                [Tile(picture, path.name), *tiles],
+                [Tile(image, path.name), *tiles],
                 width,
                 lead=True,
             )
