@@ -82,37 +82,47 @@ def statements(node):
             yield from statements(child)
 
 
-def names_in(text, module, is_package):
-    """The modules that a text imports, in functions and for type checkers too; some may be none of ours.
-
-    A string that is a module's name counts as well: import_module and its kin take such.
-    """
+@functools.cache
+def imported(text, module, is_package=False):
+    """The modules that a text imports, in functions and for type checkers too, other people's among them."""
     package = module if is_package else module.rpartition(".")[0]
+    found = []
     for node in statements(ast.parse(text)):
         if isinstance(node, ast.Import):
-            yield from (module_of(alias.name) for alias in node.names)
+            found += [module_of(alias.name) for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
             base = [None, package, *parents(package)][node.level]
             source = ".".join(part for part in (base, node.module) if part)
-            yield from (module_of(f"{source}.{alias.name}") for alias in node.names)
-    yield from re.findall(r'"(fastalex\.[\w.]+)"', text)
+            found += [module_of(f"{source}.{alias.name}") for alias in node.names]
+    return found
 
 
 def arrows_from(module, text, is_package=False):
     """The modules that a module imports, and the packages around them, which run first.
 
-    Whoever got as far as the module has run the packages around itself: these count only if it asks them for a name.
+    A string that is a module's name counts as an import: import_module and its kin take such.  Whoever got as far as
+    the module has run the packages around itself: these count only if it asks them for a name.
     """
-    found = {name for name in names_in(text, module, is_package) if name in files()}
+    named = re.findall(r'"(fastalex\.[\w.]+)"', text)
+    found = {name for name in (*imported(text, module, is_package), *named) if name in files()}
     around = {parent for name in found for parent in parents(name) if parent in files()}
     return (found | around - set(parents(module))) - {module}
 
 
+def missing_from(module, text, is_package=False):
+    """Our modules that a module imports and that are not there, of which an import in a function says nothing yet."""
+    ours = (name for name in imported(text, module, is_package) if name.partition(".")[0] in ("fastalex", "benchmarks"))
+    return {name for name in ours if name not in files() and name not in folders()}
+
+
+def each(found):
+    """{module: what is found in its text}."""
+    return {module: found(module, file.read_text(), file.name == "__init__.py") for module, file in files().items()}
+
+
 @functools.cache
 def arrows():
-    return {
-        module: arrows_from(module, file.read_text(), file.name == "__init__.py") for module, file in files().items()
-    }
+    return each(arrows_from)
 
 
 def layer_of(module):
@@ -139,6 +149,12 @@ def test_every_module_has_a_layer_and_every_layer_a_module():
     assert [module for module in files() if layer_of(module) is None] == []
     known = files().keys() | folders()
     assert [name for layer in LAYERS for name in layer if name not in known] == []
+
+
+def test_what_is_imported_is_there():
+    assert {module: names for module, names in each(missing_from).items() if names} == {}
+    text = "def function():\n    from fastalex.kernels.lrm import lrn_fwd\n    from ..nm import a\n    import torch.nm"
+    assert missing_from("fastalex.ops.lrn", text) == {"fastalex.kernels.lrm", "fastalex.nm"}
 
 
 def test_no_circle():
