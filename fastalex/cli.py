@@ -306,27 +306,9 @@ def tune(
         out: Write this table instead of the user's, which is the one that runs take.
         device: cuda or cpu; by default a GPU if there is one.
     """
-    from fastalex.devices import find_device
-    from fastalex.dispatch import table_path
-    from fastalex.tuning import Job, tune
+    from fastalex.gpu import commands
 
-    for size in batch_size:
-        if size < 1:
-            raise ValueError(f"--batch-size must be at least 1, got {size}")
-    where = find_device(device)
-    if where.type != "cuda":
-        raise ValueError(f"tune times kernels on a GPU, and the device here is {where}")
-    path = out or table_path()
-    for key, found in tune(Job(variant, dtype, batch_size, not inference), path):
-        if isinstance(found, str):
-            print(f"{key}: {found}")
-            continue
-        times = sorted(found.milliseconds.items(), key=lambda item: item[1])
-        print(key)
-        print("  " + ", ".join(f"{name} {ms:.3f} ms" for name, ms in times) + f" -> {found.candidate}")
-        for name, reason in found.refused.items():
-            print(f"  {name}: {reason}")
-    print(f"wrote {path}")
+    commands.tune(variant, dtype, batch_size, training=not inference, out=out, device=device)
 
 
 def bench(

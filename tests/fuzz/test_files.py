@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from fastalex import dispatch, results
+from fastalex import results
 from fastalex.checkpoint import STATE_FORMAT, ModelCard, load_model, load_state, save_model
 from fastalex.data import sources
 from fastalex.data.decode import decode
@@ -20,6 +20,7 @@ from fastalex.data.pack import pack
 from fastalex.data.packed import PackedSet, verify
 from fastalex.data.preprocessing import Preprocessing
 from fastalex.evaluation.classifier import read_picture
+from fastalex.gpu import dispatch
 from fastalex.variants import Conv, Variant
 from fastalex.weights import alexnet
 

@@ -17,13 +17,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastalex import dispatch
 from fastalex.alexnet import AlexNet
 from fastalex.check.runner import Child, Context, Item, Log, Row, Stage, end, run_stage, watch
-from fastalex.dispatch import Measurement, Operation
 from fastalex.explain import dispatched, operator_calls
+from fastalex.gpu import dispatch
+from fastalex.gpu.convolution import CONV2D_INPUT_GRAD
+from fastalex.gpu.dispatch import Measurement, Operation
 from fastalex.ops.common import device_of
-from fastalex.ops.conv_candidates import CONV2D_INPUT_GRAD
 from fastalex.variants import VARIANTS
 
 
@@ -144,7 +144,7 @@ def tune(job: Job, path: Path, device: str = "cuda") -> Iterator[tuple[str, Meas
     """
     with tempfile.TemporaryDirectory() as folder:
         log = Log(Path(folder) / "tune.jsonl")
-        command = [sys.executable, "-m", "fastalex.tuning", json.dumps(asdict(job)), str(log.path)]
+        command = [sys.executable, "-m", "fastalex.gpu.tuning", json.dumps(asdict(job)), str(log.path)]
         cores = os.cpu_count() or 1
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         for phase, processes in (("warm", min(cores, len(job.items(Context(device))))), ("times", 1)):
