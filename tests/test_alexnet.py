@@ -485,7 +485,7 @@ def test_every_triton_candidate_runs_the_model(name, form):
             dispatch.force("conv2d_input_grad", input_grad, "triton"),
             dispatch.force("conv2d_weight_grad", conv1_grad, input_grad, "triton"),
         ):
-            lines = [line for line in fastalex.explain(model, x).splitlines() if ": conv2d" in line]
+            lines = [line for line in fastalex.choices.explain(model, x).splitlines() if ": conv2d" in line]
             forward = [line for line in lines if ": conv2d_relu by" in line]
             assert [f"by space_to_depth_{form}" in line for line in forward] == [True] + [False] * 4
             assert all(f"by triton_{form}" in line for line in forward[1:])

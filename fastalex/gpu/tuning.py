@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from fastalex.alexnet import AlexNet
 from fastalex.check.runner import Child, Context, Item, Log, Row, Stage, end, run_stage, watch
-from fastalex.explain import dispatched, operator_calls
+from fastalex.choices import dispatched, operator_calls
 from fastalex.gpu import dispatch
 from fastalex.gpu.convolution import CONV2D_INPUT_GRAD
 from fastalex.gpu.dispatch import Measurement, Operation

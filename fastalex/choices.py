@@ -71,7 +71,7 @@ def explain(function: Callable[..., Any], *args: Any, **kwargs: Any) -> str:
     computed or launched, and no memory is allocated.  The choices of the backward pass are listed as if every tensor
     needed a gradient.
 
-        >>> print(fastalex.explain(model, images))
+        >>> print(fastalex.choices.explain(model, images))
         conv2d_relu_pool: conv2d_relu by library (shipped default; not measured here: conv2d_relu: 96x27x27 -> ...)
         ...
     """
@@ -85,10 +85,10 @@ def explain(function: Callable[..., Any], *args: Any, **kwargs: Any) -> str:
         if reason is not None:
             lines.append(f"{name}: cannot run: {reason}")
             continue
-        choices = dispatched(name, call)
-        if not choices:
+        operations = dispatched(name, call)
+        if not operations:
             lines.append(f"{name}: Triton kernel")
-        for operation, arguments in choices:
+        for operation, arguments in operations:
             try:
                 candidate, why = dispatch.choose(operation, *arguments)
                 lines.append(f"{name}: {operation.name} by {candidate.name} ({why})")
