@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from triton.runtime.jit import KernelInterface
 
-from fastalex.alexnet import VARIANTS, AlexNet
+from fastalex.alexnet import AlexNet
 from fastalex.kernels import (
     augment,
     bias_relu,
@@ -27,6 +27,7 @@ from fastalex.kernels import (
 )
 from fastalex.kernels.convolution import forward, input_grad, weight_grad
 from fastalex.kernels.geometry import output_size
+from fastalex.variants import VARIANTS
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 LAYOUTS = {"channels_last": torch.channels_last, "nchw": torch.contiguous_format}
