@@ -63,13 +63,13 @@ def test_values_codes_and_gradient(dtype, window, layout):
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_dead_windows_receive_no_gradient(layout):
     x = torch.randn(2, 8, 11, 11).sub(1.0).relu().to(memory_format=layout)
-    geometry = (3, 3), (2, 2), (0, 0), (1, 1)
-    y, codes = max_pool_fwd(x, *geometry, False, after_relu=True)
+    window = (3, 3), (2, 2), (0, 0), (1, 1)
+    y, codes = max_pool_fwd(x, *window, False, after_relu=True)
     assert (y == 0).any()
     assert torch.equal(codes == geometry.no_cell(3, 3), y == 0)
     grad = torch.randn_like(y)
-    dx = max_pool_bwd(grad, codes, (11, 11), *geometry)
-    plain = max_pool_bwd(grad, max_pool_fwd(x, *geometry, False)[1], (11, 11), *geometry)
+    dx = max_pool_bwd(grad, codes, (11, 11), *window)
+    plain = max_pool_bwd(grad, max_pool_fwd(x, *window, False)[1], (11, 11), *window)
     assert torch.equal(dx, plain * (x > 0))
     assert not torch.equal(dx, plain)
 
