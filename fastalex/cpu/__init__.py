@@ -26,7 +26,7 @@ def compiled_loops() -> ModuleType | None:
     # numba refuses a numpy that is newer than itself, and a cache that it can write nowhere
     except (ImportError, RuntimeError) as error:
         logging.getLogger("fastalex").warning(
-            "LRN and pooling run as formulas in plain PyTorch, several times slower: %s; "
+            "LRN and pooling run as formulas in plain PyTorch, slowly: %s; "
             "pip install 'fastalex[cpu]' brings compiled loops",
             error,
         )

@@ -1,4 +1,4 @@
-"""LRN and pooling in plain PyTorch, for a CPU without numba: right, and several times slower than loops.
+"""LRN and pooling in plain PyTorch, for a CPU without numba: right, and slow.
 
 The same results through the same operators: window codes, their ties and NaN, and gradients from codes.  LRN computes
 in float64 what is float64 and everything else in float32.

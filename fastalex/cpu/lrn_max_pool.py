@@ -83,9 +83,8 @@ def lrn_max_pool_bwd(
     *,
     groups: int = 1,
     after_relu: bool = False,
-    bias_partials: bool = False,
-) -> Tensor | tuple[Tensor, Tensor]:
-    """The gradient of x, in its dtype and memory format; with `bias_partials` also its sums (N, C) over the pixels.
+) -> Tensor:
+    """The gradient of x, in its dtype and memory format.
 
     `after_relu` as in the forward pass: where x is 0 the gradient is 0, and not NaN where a neighbour's is.
     """
@@ -95,7 +94,6 @@ def lrn_max_pool_bwd(
     loops = cpu.compiled_loops()
     if loops is None or x.dtype == torch.float16:
         between = max_pool_bwd(grad.to(compute), codes, plane_of(x), *WINDOW)
-        assert isinstance(between, Tensor)
         dx.copy_(lrn_bwd(between, x.to(compute), size, alpha, beta, k, groups))
         dx = torch.ops.aten.threshold_backward(dx, x, 0) if after_relu else dx
     elif x.numel():
@@ -109,7 +107,7 @@ def lrn_max_pool_bwd(
             *(plane_of(x), plane_of(grad), x.shape[1], groups),
             *(norm_of(size, inside), numbers_of(x, size, alpha, beta, k), WINDOW, code_table(KERNEL_SIZE), after_relu),
         )
-    return (dx, dx.sum((2, 3), dtype=compute)) if bias_partials else dx
+    return dx
 
 
 def _checked(x: Tensor, size: int, groups: int) -> Tensor:

@@ -43,7 +43,8 @@ def max_pool_fwd(
     not negative: windows with maximum 0 then get the code that matches no cell.
     """
     x = dense(x)
-    if x.numel() == 0 or (not codes and is_channels_last(x)):
+    # without codes PyTorch's loop takes 0.85 of ours' time in float32, and 1.7 of it in bfloat16
+    if x.numel() == 0 or (not codes and is_channels_last(x) and x.dtype != torch.bfloat16):
         y = torch.max_pool2d(x, kernel_size, stride, padding, dilation, ceil_mode)
         return y, torch.empty_like(y, dtype=torch.int8) if codes else None
     loops = cpu.compiled_loops()
@@ -73,35 +74,22 @@ def max_pool_fwd(
 
 @torch.no_grad()
 def max_pool_bwd(
-    grad: Tensor,
-    codes: Tensor,
-    input_size: Pair,
-    kernel_size: Pair,
-    stride: Pair,
-    padding: Pair,
-    dilation: Pair,
-    *,
-    bias_partials: bool = False,
-) -> Tensor | tuple[Tensor, Tensor]:
+    grad: Tensor, codes: Tensor, input_size: Pair, kernel_size: Pair, stride: Pair, padding: Pair, dilation: Pair
+) -> Tensor:
     """The gradient (N, C, *input_size) of `max_pool_fwd`'s input, in grad's dtype and the codes' memory format.
 
-    Overlapping windows are summed in fp32 (fp64 for fp64).  With `bias_partials` also the sums of the gradient over
-    each image's pixels, (N, C) in that dtype: the bias gradient of a convolution below, in parts.
+    Overlapping windows are summed in fp32 (fp64 for fp64).
     """
     window = kernel_size, stride, padding, dilation
-    if bias_partials or grad.dtype == torch.float16:
-        compute = torch.float64 if grad.dtype == torch.float64 else torch.float32
-        wide = max_pool_bwd(grad.to(compute), codes, input_size, *window)
-        assert isinstance(wide, Tensor)
-        dx = wide.to(grad.dtype)
-        return (dx, wide.sum((2, 3))) if bias_partials else dx
+    loops = cpu.compiled_loops()
+    if grad.dtype == torch.float16 and loops is not None:
+        return max_pool_bwd(grad.float(), codes, input_size, *window).half()
     codes = dense(codes)
     grad = in_layout_of(codes, grad)
     shape = (*codes.shape[:2], *input_size)
     dx = torch.empty(shape, dtype=grad.dtype, memory_format=memory_format(codes))
     if dx.numel() == 0 or codes.numel() == 0:
         return dx.zero_()
-    loops = cpu.compiled_loops()
     if loops is None:
         return dx.copy_(formulas.max_pool_backward(grad, codes, input_size, window))
     tensors, arguments = (grad, codes, dx), (window, code_table(kernel_size))

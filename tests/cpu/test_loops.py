@@ -1,5 +1,6 @@
 """fastalex.cpu.loops beyond what every test of this folder says about it: threads, rounding, and doing without."""
 
+import ast
 import importlib
 import os
 import subprocess
@@ -93,6 +94,15 @@ def test_bfloat16_is_rounded_as_pytorch_rounds():
     assert torch.equal(torch.signbit(back[:-9]), torch.signbit(expected[:-9]))
 
 
+def test_no_kernel_is_made_of_another_file():
+    """Of whose changes numba's cache on disk would not know."""
+    imports = [
+        node for node in ast.walk(ast.parse(Path(loops.__file__).read_text())) if "Import" in type(node).__name__
+    ]
+    assert imports
+    assert not any("fastalex" in ast.unparse(node) for node in imports)
+
+
 @pytest.fixture
 def choice():
     """The choice of loops or formulas is made anew in the test, and again after it."""
@@ -107,7 +117,7 @@ def check_formulas(caplog, reason):
         assert cpu.compiled_loops() is None
         torch.testing.assert_close(lrn_fwd(x, *NORM), torch.nn.functional.local_response_norm(x, *NORM))
     assert [record.getMessage() for record in caplog.records] == [
-        f"LRN and pooling run as formulas in plain PyTorch, several times slower: {reason}; "
+        f"LRN and pooling run as formulas in plain PyTorch, slowly: {reason}; "
         "pip install 'fastalex[cpu]' brings compiled loops"
     ]
 
