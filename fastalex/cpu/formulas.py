@@ -45,25 +45,31 @@ def max_pool(x: Tensor, window: Window, ceil_mode: bool) -> tuple[Tensor, Tensor
 
 def max_pool_backward(grad: Tensor, codes: Tensor, input_size: Pair, window: Window) -> Tensor:
     height, width = input_size
-    indices = max_pool_indices(codes, input_size, *window)
-    nowhere = (indices < 0) | (indices >= height * width)
+    rows, columns = named_pixels(codes, *window)
+    nowhere = (rows < 0) | (rows >= height) | (columns < 0) | (columns >= width)
+    places = (rows * width + columns).masked_fill(nowhere, 0)
     dx = wide(grad).new_zeros((*codes.shape[:2], height * width))
-    parts = wide(grad).masked_fill(nowhere, 0).flatten(2)
-    return dx.scatter_add_(2, indices.masked_fill(nowhere, 0).flatten(2), parts).unflatten(2, input_size)
+    return dx.scatter_add_(2, places.flatten(2), wide(grad).masked_fill(nowhere, 0).flatten(2)).unflatten(2, input_size)
 
 
-@torch.no_grad()
 def max_pool_indices(
     codes: Tensor, input_size: Pair, kernel_size: Pair, stride: Pair, padding: Pair, dilation: Pair
 ) -> Tensor:
     """torch's indices h * W + w of the input plane, int64, in the codes' memory format; -1 for the code of no cell."""
-    cell_of = torch.full((MAX_CELLS + 1,), -1)
+    rows, columns = named_pixels(codes, kernel_size, stride, padding, dilation)
+    return (rows * input_size[1] + columns).clamp_min(-1)
+
+
+def named_pixels(
+    codes: Tensor, kernel_size: Pair, stride: Pair, padding: Pair, dilation: Pair
+) -> tuple[Tensor, Tensor]:
+    """Row and column of the input that each code names; far above it for the code of no cell."""
+    row_of, column_of = torch.full((MAX_CELLS + 1,), -(2**40)), torch.zeros(MAX_CELLS + 1, dtype=torch.int64)
     for cell, code in enumerate(codes_of_cells(kernel_size)):
-        cell_of[code] = cell
-    cells = cell_of[codes.int()]
-    rows = torch.arange(codes.shape[2])[:, None] * stride[0] - padding[0] + cells // kernel_size[1] * dilation[0]
-    columns = torch.arange(codes.shape[3]) * stride[1] - padding[1] + cells % kernel_size[1] * dilation[1]
-    return torch.where(cells < 0, -1, rows * input_size[1] + columns)
+        row_of[code], column_of[code] = cell // kernel_size[1] * dilation[0], cell % kernel_size[1] * dilation[1]
+    tops = torch.arange(codes.shape[2])[:, None] * stride[0] - padding[0]
+    lefts = torch.arange(codes.shape[3]) * stride[1] - padding[1]
+    return tops + row_of[codes.int()], lefts + column_of[codes.int()]
 
 
 def codes_of_cells(kernel_size: Pair) -> list[int]:

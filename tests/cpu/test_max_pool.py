@@ -82,6 +82,17 @@ def test_planes_narrower_than_a_window(width, layout):
     assert torch.equal(max_pool_indices(codes, (9, width), *geometry), indices)
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_windows_between_whose_cells_the_input_lies(layout):
+    """Padding in the first column, behind the last in the second: no number, and nobody to take a gradient."""
+    x = torch.randn(2, 5, 4, 3).to(memory_format=layout)
+    window = (2, 2), (3, 4), (1, 1), (3, 4)
+    y, codes = max_pool_fwd(x, *window, True)
+    assert torch.equal(y, torch.nn.functional.max_pool2d(x, *window, True))
+    assert (y == -torch.inf).all()
+    assert (max_pool_bwd(torch.ones_like(y), codes, (4, 3), *window) == 0).all()
+
+
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_blocks_of_images(layout, threads):
