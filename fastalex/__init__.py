@@ -1,10 +1,12 @@
 """AlexNet as fast as the hardware allows: fused kernels as PyTorch operators, and the 2012 paper around them."""
 
-from fastalex import backend, functional, nn
+from fastalex import backend, dynamo, functional, nn
 from fastalex.alexnet import AlexNet, alexnet
 from fastalex.backend import HAS_TRITON
-from fastalex.convert import fuse, unfuse
+from fastalex.dynamo import explain, fuse
 
 __version__ = "0.1.0"
 
-__all__ = ["HAS_TRITON", "AlexNet", "alexnet", "backend", "functional", "fuse", "nn", "unfuse"]
+__all__ = ["HAS_TRITON", "AlexNet", "alexnet", "backend", "explain", "functional", "fuse", "nn"]
+
+dynamo.register()
