@@ -1,9 +1,9 @@
 """torch.compile(model, backend="fastalex"): the operators of this package inside somebody else's model.
 
-Dynamo follows the model's Python and hands over a straight graph of PyTorch's functions, with branches decided, modules
-dissolved, and guards in front.  There, "this convolution is followed by a ReLU and by nothing else" is: it has one user.
-`PATTERNS` says what becomes of which functions.  The new graph runs as Dynamo's did, under ordinary autograd, so the
-operators' own backward serves; or another backend compiles it further.  The model itself is never touched.
+Dynamo follows the model's Python and hands over a straight graph of PyTorch's functions: branches decided, modules
+dissolved, guards in front.  There, "a convolution followed by a ReLU and by nothing else" is a node with one user.
+`PATTERNS` says which functions become which operator.  The new graph runs as Dynamo's would, under ordinary autograd,
+so that the operators' own backward serves; or another backend compiles it further.  The model is never touched.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ KINDS: dict[Any, str] = {
     **dict.fromkeys((F.relu, F.relu_, torch.relu, torch.relu_, "relu", "relu_"), RELU),
     F.dropout: DROPOUT,
     F.local_response_norm: NORM,
-    **dict.fromkeys((F.max_pool2d, F._max_pool2d, torch.max_pool2d), POOL),
+    **dict.fromkeys((F.max_pool2d, torch.max_pool2d), POOL),
 }
 SIGNATURES = {
     CONV: inspect.signature(functional.conv2d_relu),
@@ -73,7 +73,8 @@ def fuse(model: Model) -> Model:
     """A copy of the model that is compiled with this backend: same class, parameters, state_dict and results.
 
     It is `copy.deepcopy(model)` and then `model.compile(backend="fastalex")`, which alone compiles the model itself.
-    A copy or a pickle of the result is the plain model again, as torch.nn.Module has it.
+    A copy or a pickle of the result is the plain model again.  In PyTorch 2.11 `compile` does nothing for a model that
+    is itself a torch.nn.Sequential; `torch.compile(model, backend="fastalex")` compiles it.
     Raises ValueError if the model is not a torch.nn.Module.
     """
     if not isinstance(model, nn.Module):
@@ -92,7 +93,7 @@ def explain(model: Callable[..., Any], *args: Any, **kwargs: Any) -> Report:
     import torch._dynamo
 
     model = getattr(model, "_orig_mod", model)
-    function = model._call_impl if isinstance(model, nn.Module) else model
+    function = model.forward if isinstance(model, nn.Module) else model
     report = Report()
     for graph_module in torch._dynamo.explain(function)(*args, **kwargs).graphs:
         _rewrite(graph_module, report)
@@ -289,12 +290,15 @@ def _no_relu(node: fx.Node) -> str:
 
 def _fault(node: fx.Node) -> str | None:
     """Why the operators cannot run, or not faster than PyTorch's, on the tensors of a call."""
-    for name, operand in _arguments(node).items():
-        value = _value(operand) if isinstance(operand, fx.Node) else None
-        if not isinstance(value, Tensor):
-            continue
-        if type(value) is not FakeTensor:
+    operands = {name: operand for name, operand in _arguments(node).items() if isinstance(operand, fx.Node)}
+    for name, operand in operands.items():
+        value = _value(operand)
+        if type(value) is Tensor:
+            return f"its {name} belongs to a transform of torch.func"
+        if value is None or (isinstance(value, Tensor) and type(value) is not FakeTensor):
             return f"its {name} is a {type(value).__name__}"
+        if not isinstance(value, Tensor):  # a number
+            continue
         if value.layout != torch.strided:
             return f"its {name} is {value.layout}"
         if value.dtype not in (*backend.KERNEL_DTYPES, torch.float64):
@@ -365,6 +369,7 @@ def register() -> None:
 
 
 def _enter(registry: Any) -> None:
+    """As Dynamo's own discovery of entry points does."""
     entry = EntryPoint("fastalex", f"{__name__}:{compile_graph.__name__}", "torch_dynamo_backends")
     registry._BACKENDS.setdefault(entry.name, entry)
 
