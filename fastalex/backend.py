@@ -93,7 +93,8 @@ def explain(function: Callable[..., Any], *args: Any, **kwargs: Any) -> str:
     """What `function(*args, **kwargs)` would run: one line per operator and choice, with the reason.
 
     function: one of `fastalex.functional`, a module or a whole model.  The call is traced on fake tensors: nothing is
-    computed or launched, and no memory is allocated.  The choices of the backward pass are listed as if every tensor
+    computed or launched, and no memory is allocated; only a compiled module is called once, as by `fastalex.explain`,
+    which says what became part of the operators.  The choices of the backward pass are listed as if every tensor
     needed a gradient.
 
         >>> print(fastalex.backend.explain(model, images))

@@ -90,14 +90,31 @@ def explain(model: Callable[..., Any], *args: Any, **kwargs: Any) -> Report:
     model: a module, compiled or not, or a function.  The call is made once, as it is, by `torch._dynamo.explain`, which
     resets Dynamo: what was compiled before is compiled again when it is next called.
     """
+    report = Report()
+    rewritten(report, model, *args, **kwargs)
+    return report
+
+
+def rewritten(report: Report, model: Callable[..., Any], *args: Any, **kwargs: Any) -> list[fx.GraphModule]:
+    """The graphs of a call with the operators in them; see `explain`."""
     import torch._dynamo
 
     model = getattr(model, "_orig_mod", model)
     function = model.forward if isinstance(model, nn.Module) else model
-    report = Report()
-    for graph_module in torch._dynamo.explain(function)(*args, **kwargs).graphs:
+    graphs = torch._dynamo.explain(function)(*args, **kwargs).graphs
+    for graph_module in graphs:
         _rewrite(graph_module, report)
-    return report
+    return graphs
+
+
+def is_compiled(model: Any) -> bool:
+    """Whether a call of the module goes through Dynamo."""
+    return getattr(model, "_compiled_call_impl", None) is not None or hasattr(model, "_orig_mod")
+
+
+def example_inputs(graph_module: fx.GraphModule) -> list[Any]:
+    """The fake tensors and sizes for which Dynamo made the graph."""
+    return [_value(node) for node in graph_module.graph.nodes if node.op == "placeholder"]
 
 
 def compile_graph(

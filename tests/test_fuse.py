@@ -5,6 +5,7 @@ import contextlib
 import copy
 import logging
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -606,6 +607,24 @@ def test_perceptual_losses(build, times, log):
     assert counts == {CONVS: 5 * times, POOLS: 2 * times}
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("page", "section"), [("README.md", "In a model of your own"), ("docs/pytorch.md", "Other people's models")]
+)
+def test_the_code_of_the_documentation(page, section, monkeypatch):
+    """As it stands there, without the weights, which would be downloaded."""
+    models, package = pytest.importorskip("torchvision.models"), pytest.importorskip("lpips")
+    monkeypatch.setattr(models, "alexnet", lambda build=models.alexnet, **arguments: build())
+    options = {"pretrained": False, "pnet_rand": True, "verbose": False}
+    monkeypatch.setattr(package, "LPIPS", lambda net, build=package.LPIPS: build(net=net, **options))
+    text = (Path(__file__).parents[1] / page).read_text().split(f"## {section}\n")[1].split("\n## ")[0]
+    blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    assert len(blocks) == 2
+    names = {}
+    for block in blocks:
+        exec(block, names)
+
+
 # the model stays what it was
 
 
@@ -684,3 +703,11 @@ left (1):
     for kind in (model, fastalex.fuse(model), torch.compile(model, backend="fastalex")):
         assert str(fastalex.explain(kind, x)) == text
     assert fastalex.explain(lambda x, size: F.max_pool2d(x, size), x, size=2).replaced
+
+
+def test_which_implementations_run():
+    """What `fastalex.backend.explain` and tuning ask, though Dynamo steps aside where a dispatch mode watches."""
+    model, x = Net(deep), torch.randn(X)
+    lines = [f"{name}: fastalex.cpu, for CPU tensors" for name in ("conv2d_relu_pool", "linear_relu_dropout")]
+    for kind in (fastalex.fuse(model), torch.compile(model, backend="fastalex")):
+        assert fastalex.backend.explain(kind, x).splitlines() == lines

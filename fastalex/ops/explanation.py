@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._guards import detect_fake_mode
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastalex import backend, dispatch
+from fastalex import backend, dispatch, dynamo
 from fastalex.ops.conv_candidates import CONV2D_INPUT_GRAD, CONV2D_RELU, CONV2D_WEIGHT_GRAD, output_format, output_size
 from fastalex.ops.linear import LINEAR_RELU
 
@@ -29,7 +31,18 @@ class _Recorder(TorchDispatchMode):
 
 
 def operator_calls(function: Callable[..., Any], *args: Any, **kwargs: Any) -> list[tuple[str, tuple[Any, ...]]]:
-    """(name, arguments) of each of fastalex's operators that the call runs, in order.  Nothing is computed."""
+    """(name, arguments) of each of fastalex's operators that the call runs, in order.  Nothing is computed.
+
+    But for a compiled module, which Dynamo must call once: it is taken for one of the backend "fastalex".
+    """
+    if dynamo.is_compiled(function):
+        graphs = dynamo.rewritten(dynamo.Report(), function, *args, **kwargs)
+        with _Recorder() as recorder:
+            for graph in graphs:
+                inputs = dynamo.example_inputs(graph)
+                with detect_fake_mode(inputs) or contextlib.nullcontext():
+                    graph(*inputs)
+        return recorder.calls
     with FakeTensorMode(allow_non_fake_inputs=True) as fake, _Recorder() as recorder:
         fakes = [fake.from_tensor(a) if isinstance(a, Tensor) else a for a in args]
         named = {name: fake.from_tensor(a) if isinstance(a, Tensor) else a for name, a in kwargs.items()}
