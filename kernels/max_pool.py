@@ -7,6 +7,8 @@ the windows that cover it, so nothing is added atomically and two runs are bit-e
 
 from __future__ import annotations
 
+from typing import Literal, overload
+
 import torch
 import triton
 import triton.language as tl
@@ -789,6 +791,30 @@ def check_codes(codes: Tensor, input_size: Pair, window: Window) -> None:
         )
 
 
+@overload
+def max_pool_bwd(
+    grad: Tensor,
+    codes: Tensor,
+    input_size: Pair,
+    kernel_size: Pair,
+    stride: Pair,
+    padding: Pair,
+    dilation: Pair,
+    *,
+    bias_partials: Literal[False] = False,
+) -> Tensor: ...
+@overload
+def max_pool_bwd(
+    grad: Tensor,
+    codes: Tensor,
+    input_size: Pair,
+    kernel_size: Pair,
+    stride: Pair,
+    padding: Pair,
+    dilation: Pair,
+    *,
+    bias_partials: Literal[True],
+) -> tuple[Tensor, Tensor]: ...
 def max_pool_bwd(
     grad: Tensor,
     codes: Tensor,

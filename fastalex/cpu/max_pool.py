@@ -12,6 +12,7 @@ into codes, and one table and one addition turn codes into indices.
 from __future__ import annotations
 
 from functools import lru_cache
+from typing import Literal, overload
 
 import torch
 from torch import Tensor
@@ -66,6 +67,30 @@ def max_pool_fwd(
     return y, found
 
 
+@overload
+def max_pool_bwd(
+    grad: Tensor,
+    codes: Tensor,
+    input_size: Pair,
+    kernel_size: Pair,
+    stride: Pair,
+    padding: Pair,
+    dilation: Pair,
+    *,
+    bias_partials: Literal[False] = False,
+) -> Tensor: ...
+@overload
+def max_pool_bwd(
+    grad: Tensor,
+    codes: Tensor,
+    input_size: Pair,
+    kernel_size: Pair,
+    stride: Pair,
+    padding: Pair,
+    dilation: Pair,
+    *,
+    bias_partials: Literal[True],
+) -> tuple[Tensor, Tensor]: ...
 @torch.no_grad()
 def max_pool_bwd(
     grad: Tensor,

@@ -17,14 +17,14 @@ from fastalex.alexnet import VARIANTS, AlexNet
 from fastalex.kernels import (
     augment,
     bias_relu,
-    conv_backward,
-    conv_relu,
     lrn,
     lrn_max_pool,
     max_pool,
+    partial_sums,
     relu_bias_grad,
     space_to_depth,
 )
+from fastalex.kernels.convolution import forward, input_grad, weight_grad
 from fastalex.kernels.geometry import output_size
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
@@ -106,13 +106,14 @@ class Entry:
         elif self.direction == "backward":
             grad = self.tensor(pooled, batch, device)
             codes = self.tensor(pooled, batch, device, torch.int8)
+            partials: Any = self.fused  # which overload it is, a type checker need not know
             if self.operation == "max_pool":
-                out = max_pool.max_pool_bwd(grad, codes, (self.side, self.side), *POOL, bias_partials=self.fused)
+                out = max_pool.max_pool_bwd(grad, codes, (self.side, self.side), *POOL, bias_partials=partials)
             else:
                 *norm, groups = self.norm
                 out = lrn_max_pool.lrn_max_pool_bwd(grad, codes, x, *norm, groups=groups, bias_partials=self.fused)
             if self.fused:
-                relu_bias_grad.sum_partials(out[1])
+                partial_sums.sum_partials(out[1])
         else:
             codes = self.direction == "forward"
             if self.operation == "max_pool":
@@ -124,10 +125,10 @@ class Entry:
 
 @dataclass(frozen=True)
 class ConvEntry:
-    """One call of `conv_relu` in one of its forms.
+    """One call of `conv_relu` by one of its algorithms.
 
     channels, side: of the input; features: of the output; kernel, stride and padding: of both dimensions.
-    batch: for which the form is meant.  precision: of fp32's products.
+    batch: for which the algorithm is meant.  precision: of fp32's products.
     """
 
     variant: str
@@ -139,7 +140,7 @@ class ConvEntry:
     stride: int
     padding: int
     groups: int
-    form: str = ""
+    algorithm: str = ""
     dtype: str = "fp16"
     precision: str = "ieee"
     operation: str = "conv_relu"
@@ -148,13 +149,13 @@ class ConvEntry:
 
     @property
     def name(self):
-        """As an `Entry`'s, with the form for the direction and tf32 for a dtype."""
+        """As an `Entry`'s, with the algorithm for the direction and tf32 for a dtype."""
         kind = "tf32" if self.precision == "tf32" else self.dtype
-        return "/".join((self.variant, self.layer, self.operation, self.form, kind, self.layout))
+        return "/".join((self.variant, self.layer, self.operation, self.algorithm, kind, self.layout))
 
     @property
     def batch(self):
-        return {"spatial": 32, "split_k": 1}.get(self.form, 2 * BATCH)
+        return {"spatial": 32, "split_k": 1}.get(self.algorithm, 2 * BATCH)
 
     @property
     def out_side(self):
@@ -172,7 +173,7 @@ class ConvEntry:
 
     @property
     def shape(self):
-        """What all forms and dtypes of a layer have in common: the fields from `variant` to `groups`."""
+        """What all algorithms and dtypes of a layer have in common: the fields from `variant` to `groups`."""
         return {field.name: getattr(self, field.name) for field in fields(self)[:9]}
 
     @property
@@ -194,15 +195,15 @@ class ConvEntry:
 
     def call(self, batch=None, device="meta"):
         x, weight, bias = self.tensors(batch, device)
-        conv_relu.conv_relu(x, weight, bias, *self.geometry, form=self.form, precision=self.precision)
+        forward.conv_relu(x, weight, bias, *self.geometry, algorithm=self.algorithm, precision=self.precision)
 
 
 @dataclass(frozen=True)
 class ConvGradEntry(ConvEntry):
-    """One call of a launcher of `conv_backward`; elements are those of the output, whose gradient comes in.
+    """One call of a convolution's gradient; elements are those of the output, whose gradient comes in.
 
-    form: "input_grad", with the mask of a ReLU below and the partial sums of its bias gradient, or "weight_grad", or
-    one of them followed by "_descriptors".
+    algorithm: "input_grad", with the mask of a ReLU below and the partial sums of its bias gradient, or "weight_grad",
+    or one of them followed by "_descriptors".
     """
 
     operation: str = "conv_backward"
@@ -210,20 +211,20 @@ class ConvGradEntry(ConvEntry):
 
     @property
     def grad(self):
-        return self.form.removesuffix("_descriptors")
+        return self.algorithm.removesuffix("_descriptors")
 
     def call(self, batch=None, device="meta"):
         x, weight, _ = self.tensors(batch, device)
         grad = torch.zeros(x.shape[0], self.features, self.out_side, self.out_side, dtype=x.dtype, device=device)
         grad = grad.contiguous(memory_format=torch.channels_last)
-        options = {"descriptors": self.form != self.grad, "precision": self.precision}
+        options = {"descriptors": self.algorithm != self.grad, "precision": self.precision}
         if self.grad == "input_grad":
-            _, partials = conv_backward.conv_input_grad(
+            _, partials = input_grad.conv_input_grad(
                 grad, weight, x.shape[2:], *self.geometry, relu_output=x, bias_partials=True, **options
             )
-            relu_bias_grad.sum_partials(partials)
+            partial_sums.sum_partials(partials)
         else:
-            conv_backward.conv_weight_grad(grad, x, weight.shape[2:], *self.geometry, **options)
+            weight_grad.conv_weight_grad(grad, x, weight.shape[2:], *self.geometry, **options)
 
 
 @dataclass(frozen=True)
@@ -351,7 +352,7 @@ def hidden(variant, layer, features, dropout):
 
 
 def convolutions(variant):
-    """The variant's convolutions; of a launcher whose form is still to be chosen."""
+    """The variant's convolutions; of a launcher whose algorithm is still to be chosen."""
     side, channels = variant.crop + variant.pad_end, variant.in_channels
     for number, conv in enumerate(variant.convs, 1):
         geometry = (conv.kernel_size, conv.stride, conv.padding, conv.groups)
@@ -401,11 +402,11 @@ CONV_LAYERS = [
 ENTRIES |= {
     entry.name: entry
     for base in CONV_LAYERS
-    for form in conv_relu.FORMS
+    for algorithm in forward.ALGORITHMS
     # descriptors start at multiples of 16 bytes, which three channels do not
-    if form != "descriptors" or base.channels > 3
+    if algorithm != "descriptors" or base.channels > 3
     for dtype, precision in [("fp16", "ieee"), ("bf16", "ieee"), ("fp32", "ieee"), ("fp32", "tf32")]
-    for entry in [replace(base, form=form, dtype=dtype, precision=precision)]
+    for entry in [replace(base, algorithm=algorithm, dtype=dtype, precision=precision)]
 }
 
 # fp32 products with descriptors are refused: they spill
@@ -413,12 +414,12 @@ ENTRIES |= {
     entry.name: entry
     for base in CONV_LAYERS
     if base.channels > 3
-    for form in ("input_grad", "input_grad_descriptors", "weight_grad", "weight_grad_descriptors")
+    for algorithm in ("input_grad", "input_grad_descriptors", "weight_grad", "weight_grad_descriptors")
     # nobody needs the gradient of the images
-    if not (base.layer == "conv1_space_to_depth" and form.startswith("input_grad"))
+    if not (base.layer == "conv1_space_to_depth" and algorithm.startswith("input_grad"))
     for dtype, precision in [("fp16", "ieee"), ("bf16", "ieee"), ("fp32", "ieee"), ("fp32", "tf32")]
-    if not (form.endswith("descriptors") and (dtype, precision) == ("fp32", "ieee"))
-    for entry in [ConvGradEntry(**base.shape, form=form, dtype=dtype, precision=precision)]
+    if not (algorithm.endswith("descriptors") and (dtype, precision) == ("fp32", "ieee"))
+    for entry in [ConvGradEntry(**base.shape, algorithm=algorithm, dtype=dtype, precision=precision)]
 }
 
 ENTRIES |= {entry.name: entry for block in (1, 4) for dtype in DTYPES for entry in [AugmentEntry(block, dtype)]}

@@ -332,9 +332,16 @@ def kind_of(target):
     return target if target in ("gfx942", "traffic") else "nvidia"
 
 
+# the modules of the operations that are none themselves
+MODULES = {
+    "conv_relu": ["convolution.forward"],
+    "conv_backward": ["convolution.input_grad", "convolution.weight_grad"],
+}
+
+
 def text_of(module):
-    """The source of a module of the kernels' folder."""
-    return (Path(kernels.__path__[0]) / f"{module}.py").read_text()
+    """The source of a module of the kernels' folder, as "convolution.forward"."""
+    return Path(kernels.__path__[0], *module.split(".")).with_suffix(".py").read_text()
 
 
 @functools.cache
@@ -345,10 +352,10 @@ def imported(module):
         name = waiting.pop()
         if name not in found:
             found.add(name)
-            text = text_of(name)
-            waiting += re.findall(r"^from \.(\w+) import", text, re.MULTILINE)
-            for names in re.findall(r"^from \. import ([\w, ]+)$", text, re.MULTILINE):
-                waiting += names.split(", ")
+            package, _, _ = name.rpartition(".")
+            for dots, inner, names in re.findall(r"^from (\.+)(\w*) import (.+)$", text_of(name), re.MULTILINE):
+                inside = f"{package}." if package and dots == "." else ""
+                waiting += [inside + one for one in ([inner] if inner else names.split(", "))]
     return found
 
 
@@ -360,7 +367,8 @@ def sources(name, target):
     if entry is None:
         return ""
     # what a fused backward pass launches after its own kernel is in relu_bias_grad
-    modules = imported(entry.operation) | imported("relu_bias_grad")
+    operations = [*MODULES.get(entry.operation, [entry.operation]), "relu_bias_grad"]
+    modules = set().union(*map(imported, operations))
     readers = ["compiler.py", "catalog.py", *(["traffic.py", "interpreter.py"] if target == "traffic" else [])]
     texts = [Path(__file__).with_name(name).read_text() for name in readers]
     return "".join([*texts, *map(text_of, sorted(modules))])

@@ -165,10 +165,10 @@ def _number(value: float | None, digits: int = 1) -> str:
 
 
 def _head(row: Row) -> list[str]:
-    """Layer, kernel and dtype; the form of a convolution behind its kernel, which several forms share."""
-    _, _, operation, form, *_ = row["entry"].split("/")
+    """Layer, kernel and dtype; the algorithm of a convolution behind its kernel, which several share."""
+    _, _, operation, algorithm, *_ = row["entry"].split("/")
     kernel = row["kernel"].removesuffix("_kernel")
-    return [row["layer"], f"{kernel} ({form})" if operation.startswith("conv_") else kernel, row["dtype"]]
+    return [row["layer"], f"{kernel} ({algorithm})" if operation.startswith("conv_") else kernel, row["dtype"]]
 
 
 def code_table(found: Iterable[Row]) -> Table:

@@ -16,7 +16,7 @@ pytestmark = pytest.mark.skipif(shutil.which("gcc") is None, reason="there is no
 REPRESENTATIVE = {entry.name for entry in catalog.representative("fp16")}
 IN_SECONDS = {
     *(name for name in REPRESENTATIVE if not ("conv2" in name and "lrn_max_pool/forward" in name)),
-    *(f"paper/conv3/conv_relu/{form}/fp16/channels_last" for form in ("batch_tiled", "descriptors")),
+    *(f"paper/conv3/conv_relu/{algorithm}/fp16/channels_last" for algorithm in ("batch_tiled", "descriptors")),
     *(f"paper/conv3/conv_backward/{grad}_descriptors/fp16/channels_last" for grad in ("input_grad", "weight_grad")),
 }
 # One of each bucket that a measurement holds for: a convolution's tiles depend on the batch.

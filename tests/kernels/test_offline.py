@@ -199,7 +199,7 @@ ALL_CONVOLUTIONS = [
     for kind in ["tf32" if entry.precision == "tf32" else entry.dtype]
     for target in MATRIX
     # descriptors came with sm_90; sm_86 and sm_89 differ from sm_80 in their shared memory
-    if not (entry.form == "descriptors" and target in ("sm_80", "sm_86", "sm_89", "gfx942"))
+    if not (entry.algorithm == "descriptors" and target in ("sm_80", "sm_86", "sm_89", "gfx942"))
     and not (kind != "fp16" and target in ("sm_86", "sm_89", "gfx942"))
 ]
 
@@ -232,14 +232,14 @@ def test_convolutions(name, dtype, target, answers):
     launches = answers[name, dtype, target]
     assert "error" not in launches
     entry = catalog.ENTRIES[f"{name}/{dtype}/channels_last"]
-    # conv1's three channels are masked; `space_to_depth` makes them 48 before any form sees them
+    # conv1's three channels are masked; `space_to_depth` makes them 48 before any algorithm sees them
     spilt = 8 if entry.channels == 3 and dtype == "fp32" and (TRITON < (3, 7) or target == "sm_120") else 0
     check_what_every_target_needs(launches, dtype, target, spilt)
     code = launches[0]
     assert ("TF32" in str(code["products"])) == (dtype == "tf32" and target != "sm_100")
     if target == "gfx942":
         return
-    if entry.form == "descriptors":
+    if entry.algorithm == "descriptors":
         assert code["tiles"]
         assert not code["copies"]
     elif entry.channels > 3:
@@ -248,7 +248,7 @@ def test_convolutions(name, dtype, target, answers):
         # the second tile of 96 = 64 + 32 features at a depth of 16 = 48 - 32 channels has 4 elements per thread
         narrowest = 8 if entry.channels == 48 else 16
         assert min(map(int, code["copies"])) >= narrowest
-    assert "8" in launches[-1]["stores"] or "16" in launches[-1]["stores"] or entry.form == "descriptors"
+    assert "8" in launches[-1]["stores"] or "16" in launches[-1]["stores"] or entry.algorithm == "descriptors"
     # 3.6's loops are as long or longer on sm_90 and sm_100, and shorter on sm_80
     if (name, dtype, target) in MAIN_LOOP and TRITON >= (3, 8):
         instructions, number = code["main_loop"]
@@ -287,7 +287,7 @@ ALL_GRADIENTS = [
     if entry.operation == "conv_backward"
     for kind in ["tf32" if entry.precision == "tf32" else entry.dtype]
     for target in MATRIX
-    if not (entry.form.endswith("descriptors") and target in ("sm_80", "sm_86", "sm_89", "gfx942"))
+    if not (entry.algorithm.endswith("descriptors") and target in ("sm_80", "sm_86", "sm_89", "gfx942"))
     and not (kind != "fp16" and target in ("sm_86", "sm_89", "gfx942"))
     # bf16 differs from fp16 in the type of an instruction
     and not (kind == "bf16" and target in ("sm_80", "sm_120"))
@@ -313,7 +313,7 @@ def test_gradients(name, dtype, target, answers):
     code = launches[0]
     if target == "gfx942":
         return
-    if entry.form.endswith("descriptors"):
+    if entry.algorithm.endswith("descriptors"):
         assert code["tiles"]
         assert not code["copies"]
     elif not (entry.grad == "weight_grad" and dtype == "tf32" and target in ("sm_90", "sm_100")):
