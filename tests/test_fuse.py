@@ -266,7 +266,11 @@ CASES = {
         [],
         [f"{POOL}: its input is torch.int32", "fc (Linear): its output is returned"],
     ),
-    "indices": (lambda n, x: F.max_pool2d(x, 2, return_indices=True)[0], [], ["max_pool2d(): it returns indices"]),
+    "indices": (
+        lambda n, x: F.max_pool2d(n.norm(x), 2, return_indices=True)[0],
+        [f"{NORM} -> local_response_norm"],
+        ["max_pool2d(): it returns indices"],
+    ),
     "a window as large as it gets": (
         lambda n, x: F.max_pool2d(x, 12) + F.max_pool2d(x, x.shape[2:]),
         [],
@@ -402,7 +406,7 @@ def test_half_precision(dtype, log):
 
 
 @pytest.mark.parametrize("kind", ["forward_pre", "forward", "full_backward", "full_backward_pre"])
-@pytest.mark.parametrize("where", ["conv", "relu", "pool"])
+@pytest.mark.parametrize("where", ["conv", "relu"])
 def test_hooks_see_what_they_saw(kind, where):
     seen = []
     model = Net(lambda n, x: n.pool(n.relu(n.conv(x)))).double()
@@ -441,9 +445,8 @@ class Labelled(torch.Tensor):
     pass
 
 
-def test_other_kinds_of_tensors_are_left(log):
+def test_other_kinds_of_tensors_pass():
     model, x = Net(lambda n, x: n.pool(x)), torch.randn(X).as_subclass(Labelled)
-    print(log())
     out, expected = torch.compile(model, backend="fastalex")(x), model(x)
     assert type(out) is type(expected) is Labelled
     assert torch.equal(out.as_subclass(torch.Tensor), expected.as_subclass(torch.Tensor))
@@ -495,8 +498,6 @@ def test_compiled_further(inner, dynamic):
     model = Net(deep)
     fused = torch.compile(model, backend="fastalex", options={"inner": inner}, fullgraph=True, dynamic=dynamic)
     for batch in (2, 3, 4):
-        for e, a in zip(*(run(m, torch.randn(batch, 3, 15, 15)) for m in (model, fused)), strict=True):
-            assert e.shape == a.shape
         x = torch.randn(batch, 3, 15, 15)
         for e, a in zip(run(model, x), run(fused, x), strict=True):
             torch.testing.assert_close(a, e, rtol=1e-4, atol=1e-4 * e.abs().max().item())
@@ -711,3 +712,12 @@ def test_which_implementations_run():
     lines = [f"{name}: fastalex.cpu, for CPU tensors" for name in ("conv2d_relu_pool", "linear_relu_dropout")]
     for kind in (fastalex.fuse(model), torch.compile(model, backend="fastalex")):
         assert fastalex.backend.explain(kind, x).splitlines() == lines
+
+
+def test_by_the_kernels(log):
+    """In Triton's interpreter."""
+    model, x = Net(deep), torch.randn(X)
+    fused = torch.compile(model, backend="fastalex", fullgraph=True)
+    with fastalex.backend.use("triton"):
+        assert_same(model, fused, x, terms=256)
+    assert len(log()[0]) == 2
