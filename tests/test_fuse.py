@@ -471,7 +471,16 @@ def test_what_the_kernels_refuse_is_left(dtype, reason, monkeypatch):
     assert (report.replaced, report.left) == ([], [f"max_pool2d(): {reason}"])
 
 
-# the backend's options
+# the backend's name and options; before Dynamo is imported: test_package.py
+
+
+def test_the_name_is_known_where_dynamo_was_imported_first(monkeypatch):
+    from torch._dynamo.backends import registry
+
+    monkeypatch.delitem(registry._BACKENDS, "fastalex")
+    monkeypatch.delitem(registry._COMPILER_FNS, "fastalex", raising=False)
+    dynamo.register()
+    assert registry.lookup_backend("fastalex") is dynamo.compile_graph
 
 
 def test_the_graph_goes_on_to_another_backend():

@@ -68,10 +68,6 @@ def test_an_import_tells_dynamo_the_backend_and_does_not_import_it():
     backend_of_dynamo("import sys, fastalex", "assert 'torch._dynamo' not in sys.modules")
 
 
-def test_an_import_after_dynamos_tells_it_too():
-    backend_of_dynamo("import torch._dynamo, fastalex")
-
-
 def test_an_installed_package_need_not_be_imported(tmp_path):
     text = (ROOT / "pyproject.toml").read_text()
     (entry,) = re.findall(r"^\[project.entry-points.(torch_dynamo_backends)\]\n(.*)", text, re.MULTILINE)
