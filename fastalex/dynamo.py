@@ -29,7 +29,7 @@ from fastalex import backend, functional
 from fastalex.kernels.geometry import MAX_CELLS
 from fastalex.reference import pair
 
-__all__ = ["Report", "compile_graph", "explain", "fuse", "register"]
+__all__ = ["Report", "compile_graph", "explain", "fuse", "inputs_of", "is_compiled", "register", "rewritten"]
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -90,21 +90,20 @@ def explain(model: Callable[..., Any], *args: Any, **kwargs: Any) -> Report:
     model: a module, compiled or not, or a function.  The call is made once, as it is, by `torch._dynamo.explain`, which
     resets Dynamo: what was compiled before is compiled again when it is next called.
     """
-    report = Report()
-    rewritten(report, model, *args, **kwargs)
-    return report
+    return rewritten(model, *args, **kwargs)[1]
 
 
-def rewritten(report: Report, model: Callable[..., Any], *args: Any, **kwargs: Any) -> list[fx.GraphModule]:
-    """The graphs of a call with the operators in them; see `explain`."""
+def rewritten(model: Callable[..., Any], *args: Any, **kwargs: Any) -> tuple[list[fx.GraphModule], Report]:
+    """The graphs of a call with the operators in them, and the report; see `explain`."""
     import torch._dynamo
 
+    report = Report()
     model = getattr(model, "_orig_mod", model)
     function = model.forward if isinstance(model, nn.Module) else model
     graphs = torch._dynamo.explain(function)(*args, **kwargs).graphs
     for graph_module in graphs:
         _rewrite(graph_module, report)
-    return graphs
+    return graphs, report
 
 
 def is_compiled(model: Any) -> bool:
@@ -112,7 +111,7 @@ def is_compiled(model: Any) -> bool:
     return getattr(model, "_compiled_call_impl", None) is not None or hasattr(model, "_orig_mod")
 
 
-def example_inputs(graph_module: fx.GraphModule) -> list[Any]:
+def inputs_of(graph_module: fx.GraphModule) -> list[Any]:
     """The fake tensors and sizes for which Dynamo made the graph."""
     return [_value(node) for node in graph_module.graph.nodes if node.op == "placeholder"]
 

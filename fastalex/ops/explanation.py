@@ -38,10 +38,10 @@ def operator_calls(function: Callable[..., Any], *args: Any, **kwargs: Any) -> l
     But for a compiled module, which Dynamo must call once: it is taken for one of the backend "fastalex".
     """
     if dynamo.is_compiled(function):
-        graphs = dynamo.rewritten(dynamo.Report(), function, *args, **kwargs)
+        graphs, _ = dynamo.rewritten(function, *args, **kwargs)
         with _Recorder() as recorder:
             for graph in graphs:
-                inputs = dynamo.example_inputs(graph)
+                inputs = dynamo.inputs_of(graph)
                 with detect_fake_mode(inputs) or contextlib.nullcontext():
                     graph(*inputs)
         return recorder.calls
