@@ -716,11 +716,11 @@ left (1):
 
 
 def test_which_implementations_run():
-    """What `fastalex.backend.explain` and tuning ask, though Dynamo steps aside where a dispatch mode watches."""
+    """What `fastalex.choices.explain` and tuning ask, though Dynamo steps aside where a dispatch mode watches."""
     model, x = Net(deep), torch.randn(X)
     lines = [f"{name}: fastalex.cpu, for CPU tensors" for name in ("conv2d_relu_pool", "linear_relu_dropout")]
     for kind in (fastalex.fuse(model), torch.compile(model, backend="fastalex")):
-        assert fastalex.backend.explain(kind, x).splitlines() == lines
+        assert fastalex.choices.explain(kind, x).splitlines() == lines
 
 
 def test_by_the_kernels(log):

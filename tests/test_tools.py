@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import fastalex
 from fastalex import functional as F
-from fastalex.alexnet import VARIANTS
+from fastalex.variants import VARIANTS
 
 
 @pytest.fixture

@@ -78,7 +78,17 @@ def dispatched(name: str, args: tuple[Any, ...], *, training: bool = True) -> Ca
 
 
 def explain(function: Callable[..., Any], *args: Any, **kwargs: Any) -> str:
-    """See `fastalex.backend.explain`."""
+    """What `function(*args, **kwargs)` would run: one line per operator and choice, with the reason.
+
+    function: one of `fastalex.functional`, a module or a whole model.  The call is traced on fake tensors: nothing is
+    computed or launched, and no memory is allocated; only a compiled module is called once, as by `fastalex.explain`,
+    which says what became part of the operators.  The choices of the backward pass are listed as if every tensor
+    needed a gradient.
+
+        >>> print(fastalex.choices.explain(model, images))
+        conv2d_relu_pool: conv2d_relu by library (shipped default; not measured here: conv2d_relu: 96x27x27 -> ...)
+        ...
+    """
     lines = []
     for name, call in operator_calls(function, *args, **kwargs):
         tensor = next(a for a in call if isinstance(a, Tensor))
@@ -89,10 +99,10 @@ def explain(function: Callable[..., Any], *args: Any, **kwargs: Any) -> str:
         if reason is not None:
             lines.append(f"{name}: cannot run: {reason}")
             continue
-        choices = dispatched(name, call)
-        if not choices:
+        operations = dispatched(name, call)
+        if not operations:
             lines.append(f"{name}: Triton kernel")
-        for operation, arguments in choices:
+        for operation, arguments in operations:
             try:
                 candidate, why = dispatch.choose(operation, *arguments)
                 lines.append(f"{name}: {operation.name} by {candidate.name} ({why})")
