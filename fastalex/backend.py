@@ -1,9 +1,8 @@
 """Which implementation runs: the one seam between the functions and the kernels.
 
 ``auto`` (the default)
-    CUDA tensors take the Triton kernels, CPU tensors the cache-blocked PyTorch kernels of `fastalex.cpu`; whatever
-    those refuse (float64 on CUDA, other devices, no Triton installed) takes `fastalex.reference`, and each reason is
-    logged once.
+    CUDA tensors take the Triton kernels, CPU tensors `fastalex.cpu`; whatever the kernels refuse (float64 on CUDA,
+    other devices, no Triton installed) takes `fastalex.reference`, and each reason is logged once.
 ``triton``
     The Triton kernels run, on any device, or a `RuntimeError` says why not.  CPU tensors need Triton's interpreter
     (``TRITON_INTERPRET=1`` before the first import of a kernel).
