@@ -134,7 +134,7 @@ def test_conv2d_relu(mode, data):
 
 @contextlib.contextmanager
 def without_blocks(inputs):
-    """Space to depth multiplies what a window leaves out of its blocks by zero: a NaN there reaches it (dispatch.md)."""
+    """Space to depth multiplies what a window leaves out of its blocks by zero: NaN there reaches it (dispatch.md)."""
     if all(t is None or t.isfinite().all() for t in inputs):
         yield
     else:
