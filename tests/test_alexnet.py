@@ -346,10 +346,8 @@ EDITS = {
 
 @pytest.mark.parametrize("edit", EDITS.values(), ids=EDITS)
 @pytest.mark.parametrize("layer", ["features.0", "features.3", "features.6", "classifier.1", "classifier.6"])
-@pytest.mark.parametrize("kind", ["AlexNet", "fused"])
-def test_inference_sees_every_edit(kind, layer, edit):
-    model = fastalex.fuse(Plain()) if kind == "fused" else fastalex.AlexNet(4, variant=narrow("torchvision"))
-    model, x = model.eval(), torch.randn(2, 3, 64, 64)
+def test_inference_sees_every_edit(layer, edit):
+    model, x = fastalex.AlexNet(4, variant=narrow("torchvision")).eval(), torch.randn(2, 3, 64, 64)
     with torch.no_grad():
         for _ in range(3):
             before = model(x)

@@ -19,9 +19,9 @@ LAYERS = (
     ),
     ("fastalex.cpu", "fastalex.gpu"),
     ("fastalex.ops",),
-    ("fastalex.functional", "fastalex.choices"),
+    ("fastalex.functional", "fastalex.dynamo", "fastalex.choices"),
     ("fastalex.nn",),
-    ("fastalex.variants", "fastalex.convert", "fastalex.forwards", "fastalex.parallel"),
+    ("fastalex.variants", "fastalex.parallel"),
     ("fastalex.alexnet",),
     ("fastalex.weights", "fastalex.describe"),
     ("fastalex",),  # what `import fastalex` brings
