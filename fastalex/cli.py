@@ -289,6 +289,7 @@ def tune(
     batch_size: tuple[int, ...] = (128,),
     dtype: tuple[Literal["fp16", "bf16", "fp32"], ...] = ("fp16",),
     inference: bool = False,
+    sweep: bool = False,
     out: Path | None = None,
     device: str | None = None,
 ) -> None:
@@ -303,12 +304,13 @@ def tune(
         batch_size: Pictures per step.
         dtype: Of pictures and weights; with mixed precision, the lower one.
         inference: Leave the gradients out.
+        sweep: Try other tiles, warps and stages of the fastest Triton convolution too; takes several times as long.
         out: Write this table instead of the user's, which is the one that runs take.
         device: cuda or cpu; by default a GPU if there is one.
     """
     from fastalex.gpu import commands
 
-    commands.tune(variant, dtype, batch_size, training=not inference, out=out, device=device)
+    commands.tune(variant, dtype, batch_size, training=not inference, sweep=sweep, out=out, device=device)
 
 
 def bench(
