@@ -1,4 +1,4 @@
-"""LRN and max-pooling as loops that numba compiles.
+"""LRN, max-pooling and the distances of LPIPS as loops that numba compiles.
 
 Optional: without numba, and for what `takes` refuses, the PyTorch operations of this folder do the same.  PyTorch runs
 a chain of ten operations over a piece in L2; here a row of channels goes through the chain in registers and L1.
@@ -31,6 +31,8 @@ Pair = tuple[int, int]
 # error_model: a division by zero gives infinity, without a branch that would keep loops from being vectorised
 compiled = numba.njit(nogil=True, cache=True, error_model="numpy")
 inlined = register_jitable(error_model="numpy")
+# sums in an order that vectors of the processor can take; the same in every run
+compiled_sums = numba.njit(nogil=True, cache=True, error_model="numpy", fastmath={"reassoc", "contract"})
 
 # Elements that one stage of a chain makes before the next reads them.  With fewer, loads at a shift of one channel meet
 # stores that have not left the store buffer, and wait: LRN forward in rows of 96 takes 1.6 times as long.
@@ -41,6 +43,7 @@ SERIAL = 2**17
 RANGES = 4
 # The only exponent of the kernels: s ** 0.75 is sqrt(s) * sqrt(sqrt(s)).
 BETA = 0.75
+LPIPS_EPS = np.float32(1e-10)
 
 
 def takes(x: Tensor, *others: Tensor) -> bool:
@@ -321,6 +324,71 @@ def lrn_max_pool_backward_kernel(  # type: ignore[no-untyped-def]
             normalise_backward(wide, x[a:b], norm, slope, squares, base, terms, dx[a:b], after_relu)
 
 
+@compiled_sums
+def lpips_kernel(start, stop, a, b, weight, out, pixels, others):  # type: ignore[no-untyped-def]
+    """out[row] = sum_c weight_c (a_c / (|a| + eps) - b_c / (|b| + eps))^2; image i of a with image i % others of b."""
+    channels = a.shape[1]
+    for row in range(start, stop):
+        image = row // pixels
+        x, y = a[row], b[row + (image % others - image) * pixels]
+        xx, yy = np.float32(0), np.float32(0)
+        for c in range(channels):
+            left, right = widen(x[c]), widen(y[c])
+            xx += left * left
+            yy += right * right
+        x_scale = np.float32(1) / (np.sqrt(xx) + LPIPS_EPS)
+        y_scale = np.float32(1) / (np.sqrt(yy) + LPIPS_EPS)
+        total = np.float32(0)
+        for c in range(channels):
+            d = widen(x[c]) * x_scale - widen(y[c]) * y_scale
+            total += weight[c] * d * d
+        out[row] = total
+
+
+@compiled_sums
+def lpips_backward_kernel(  # type: ignore[no-untyped-def]
+    start, stop, x, y, weight, grad, above, codes, dx, plane, output, link, mode, kernel, stride, table, after_relu
+):
+    """The gradient of x, as kernels/lpips.py has it.  grad: (rows, 1) or (rows, pixels), twice what comes in.
+
+    link: (shift, others); image i was compared with image (i + shift) % others.  mode: what `above` is: 0 nothing, 1
+    the gradient of x itself, 2 that of a max-pool over x.
+    """
+    channels, pixels = x.shape[1], plane[0] * plane[1]
+    pooled = np.empty(channels, np.float32)
+    for row in range(start, stop):
+        image, pixel = divmod(row, pixels)
+        left, right, out = x[row], y[(image + link[0]) % link[1] * pixels + pixel], dx[row]
+        xx, yy = np.float32(0), np.float32(0)
+        for c in range(channels):
+            a, b = widen(left[c]), widen(right[c])
+            xx += a * a
+            yy += b * b
+        norm = np.sqrt(xx)
+        x_scale = np.float32(1) / (norm + LPIPS_EPS)
+        y_scale = np.float32(1) / (np.sqrt(yy) + LPIPS_EPS)
+        incoming = grad[image % grad.shape[0], pixel % grad.shape[1]]
+        along = np.float32(0)
+        for c in range(channels):
+            a = widen(left[c])
+            along += a * (weight[c] * (a * x_scale - widen(right[c]) * y_scale))
+        inner = incoming * x_scale
+        along = incoming * along * x_scale * x_scale / norm
+        if norm == 0:
+            inner, along = np.float32(0), np.float32(0)
+        if mode == 2:
+            h, w = divmod(pixel, plane[1])
+            gather(above, codes, image, h, w, channels, output, kernel, stride, (0, 0), table, pooled)
+        elif mode == 1:
+            load(above[row * channels : (row + 1) * channels], pooled)
+        else:
+            pooled[:] = 0
+        for c in range(channels):
+            a = widen(left[c])
+            total = inner * (weight[c] * (a * x_scale - widen(right[c]) * y_scale)) - a * along + pooled[c]
+            out[c] = narrow(np.float32(0) if after_relu & (a <= 0) else total, dx)
+
+
 # ------------------------------------------------------------------------------------------------------ from PyTorch
 def lrn_fwd(x: Tensor, y: Tensor, size: int, alpha: float, k: float, groups: int) -> None:
     """Into y, which is laid out as x; likewise below."""
@@ -405,6 +473,38 @@ def lrn_max_pool_bwd(
         *(_flat(grad), _flat(codes), _rows(x, groups), _rows(dx, groups)),
         *(tuple(x.shape[2:]), tuple(grad.shape[2:]), x.shape[1], groups, _norm(size, alpha, k)),
         *(np.float32(-2 * alpha * BETA / size), kernel_size, stride, _table(kernel_size), after_relu),
+    )
+
+
+def lpips_fwd(a: Tensor, b: Tensor, weight: Tensor, out: Tensor) -> None:
+    """Into out, float32 (N, pixels); weight: float32."""
+    pixels = a.shape[2] * a.shape[3]
+    arrays = _rows(a, 1), _rows(b, 1), weight.numpy(), out.view(-1).numpy()
+    _share(lpips_kernel, out.numel(), a.numel(), *arrays, pixels, b.shape[0])
+
+
+def lpips_bwd(
+    grad: Tensor,
+    x: Tensor,
+    y: Tensor,
+    weight: Tensor,
+    above: Tensor | None,
+    codes: Tensor | None,
+    dx: Tensor,
+    shift: int,
+    window: Pair,
+    after_relu: bool,
+) -> None:
+    """Into dx; grad: float32 (rows, 1) or (rows, pixels), twice the gradient of each pixel's distance."""
+    kernel_size, stride = (window[0],) * 2, (window[1],) * 2
+    _share(
+        lpips_backward_kernel,
+        x.shape[0] * x.shape[2] * x.shape[3],
+        x.numel(),
+        *(_rows(x, 1), _rows(y, 1), weight.numpy(), grad.numpy()),
+        *(_flat(dx)[:0] if above is None else _flat(above), _codes(codes), _rows(dx, 1)),
+        *(tuple(x.shape[2:]), (0, 0) if codes is None else tuple(codes.shape[2:]), (shift, y.shape[0])),
+        *(0 if above is None else 1 if codes is None else 2, kernel_size, stride, _table(kernel_size), after_relu),
     )
 
 
