@@ -55,16 +55,12 @@ def load_tiles(ptr, offset, c, rows, C: tl.constexpr, BLOCK_C: tl.constexpr, TIL
 
 
 @triton.jit
-def load_weights(ptr, c, C: tl.constexpr, BLOCK_C: tl.constexpr, TILES: tl.constexpr):
-    """The weights of the channels of each tile, fp32; ones without weights."""
-    out = ()
-    for i in tl.static_range(TILES):
-        if ptr is None:
-            w = tl.full(c.shape, 1.0, tl.float32)
-        else:
-            w = tl.load(ptr + i * BLOCK_C + c, mask=c + i * BLOCK_C < C, other=0.0).to(tl.float32)
-        out = out + (w,)
-    return out
+def weighted(x, w_ptr, c, C: tl.constexpr):
+    """x times the weights of the channels c; x itself without weights."""
+    if w_ptr is None:
+        return x
+    else:
+        return x * tl.load(w_ptr + c, mask=c < C, other=0.0).to(tl.float32)
 
 
 @triton.jit
@@ -106,14 +102,13 @@ def lpips_fwd_kernel(
     b_image = b_ptr + (image % others).to(tl.int64) * pixels * C
     a = load_tiles(a_image, offset, c, rows, C, BLOCK_C, TILES)
     b = load_tiles(b_image, offset, c, rows, C, BLOCK_C, TILES)
-    w = load_weights(w_ptr, c, C, BLOCK_C, TILES)
     a_scale = 1.0 / (tl.sqrt(row_products(a, a, TILES)) + EPS)
     b_scale = 1.0 / (tl.sqrt(row_products(b, b, TILES)) + EPS)
     d = a[0] * a_scale - b[0] * b_scale
-    total = w[0] * d * d
+    total = weighted(d * d, w_ptr, c, C)
     for i in tl.static_range(1, TILES):
         d = a[i] * a_scale - b[i] * b_scale
-        total += w[i] * d * d
+        total += weighted(d * d, w_ptr, c + i * BLOCK_C, C)
     total = tl.sum(total, 1)
     if SPATIAL:
         pixel = tile * BLOCK_R + tl.arange(0, BLOCK_R)
@@ -155,15 +150,26 @@ def lpips_bwd_kernel(
     """(The gradient of the distance + what comes from above), with AFTER_RELU 0 where x <= 0."""
     image = tl.program_id(0) // tiles
     tile = tl.program_id(0) - image * tiles
-    r = tile * BLOCK_R + tl.arange(0, BLOCK_R)[:, None]
+    lane = tl.arange(0, BLOCK_R)[:, None]
+    if codes_ptr is None:
+        r = tile * BLOCK_R + lane
+        rows = r < pixels
+    else:
+        # pixels of one place in the stride: as many windows cover each of them
+        top = tile % (S * S) // S
+        left = tile % S
+        columns = (W + S - 1) // S
+        block = tile // (S * S) * BLOCK_R + lane
+        down = block // columns
+        across = block - down * columns
+        r = (down * S + top) * W + across * S + left
+        rows = (r < pixels) & (across * S + left < W)
     c = tl.arange(0, BLOCK_C)[None, :]
-    rows = r < pixels
     offset = r * C + c
     base = image.to(tl.int64) * pixels * C
     y_image = y_ptr + ((image + shift) % others).to(tl.int64) * pixels * C
     x = load_tiles(x_ptr + base, offset, c, rows, C, BLOCK_C, TILES)
     y = load_tiles(y_image, offset, c, rows, C, BLOCK_C, TILES)
-    w = load_weights(w_ptr, c, C, BLOCK_C, TILES)
     g_row = g_ptr + (image % g_rows).to(tl.int64) * g_stride + first
     if SPATIAL:
         incoming = tl.load(g_row + r, mask=rows, other=0.0) * (2.0 * scale)
@@ -174,30 +180,30 @@ def lpips_bwd_kernel(
     y_scale = 1.0 / (tl.sqrt(row_products(y, y, TILES)) + EPS)
     g = ()
     for i in tl.static_range(TILES):
-        g = g + (incoming * w[i] * (x[i] * x_scale - y[i] * y_scale),)
-    zero = norm == 0
-    along = tl.where(zero, 0.0, row_products(x, g, TILES) * x_scale * x_scale / tl.where(zero, 1.0, norm))
-    x_scale = tl.where(zero, 0.0, x_scale)
+        g = g + (weighted(x[i] * x_scale - y[i] * y_scale, w_ptr, c + i * BLOCK_C, C),)
+    # the gradient is outer * g - along * x
+    outer = incoming * x_scale
+    along = row_products(x, g, TILES) * x_scale * outer / tl.where(norm == 0, 1.0, norm)
+    outer = tl.where(norm == 0, 0.0, outer)
+    along = tl.where(norm == 0, 0.0, along)
     for i in tl.static_range(TILES):
-        total = g[i] * x_scale - x[i] * along
+        total = outer * g[i] - along * x[i]
         if (i + 1) * BLOCK_C <= C:
             mask = rows
         else:
             mask = rows & (c + i * BLOCK_C < C)
         if codes_ptr is not None:
-            h = r // W
-            column = r - h * W
             plane = image.to(tl.int64) * OH * OW * C
-            for k in tl.static_range(((K + S - 1) // S) * ((K + S - 1) // S)):
-                oh = h // S - k // ((K + S - 1) // S)
-                ow = column // S - k % ((K + S - 1) // S)
-                kh = h - oh * S
-                kw = column - ow * S
-                covers = mask & (kh < K) & (kw < K) & (oh >= 0) & (ow >= 0) & (oh < OH) & (ow < OW)
+            wide = (K - left + S - 1) // S
+            for k in range((K - top + S - 1) // S * wide):
+                oh = down - k // wide
+                ow = across - k % wide
+                covers = mask & (oh >= 0) & (ow >= 0) & (oh < OH) & (ow < OW)
                 place = (oh * OW + ow) * C + c + i * BLOCK_C
-                code = tl.load(codes_ptr + plane + place, mask=covers, other=-1).to(tl.int32)
+                code = tl.load(codes_ptr + plane + place, mask=covers, other=-1)
                 pooled = tl.load(next_ptr + plane + place, mask=covers, other=0.0).to(tl.float32)
-                total += tl.where(code == cell_code(kh, kw, K, K), pooled, 0.0)
+                wanted = cell_code(top + k // wide * S, left + k % wide * S, K, K).to(tl.int8)
+                total = tl.where(code == wanted, total + pooled, total)
         elif next_ptr is not None:
             total += tl.load(next_ptr + base + (offset + i * BLOCK_C), mask=mask, other=0.0).to(tl.float32)
         if AFTER_RELU:
@@ -325,7 +331,11 @@ def lpips_bwd(
     if codes is not None and (above is None or above.shape != codes.shape or codes.shape[:2] != x.shape[:2]):
         raise ValueError(f"lpips: codes {tuple(codes.shape)} do not fit the map {tuple(x.shape)} and its gradient")
     setting = constants(channels)
-    tiles = triton.cdiv(height * width, setting["BLOCK_R"])
+    if codes is None:
+        tiles = triton.cdiv(height * width, setting["BLOCK_R"])
+    else:
+        step = window[1]
+        tiles = step**2 * triton.cdiv(triton.cdiv(height, step) * triton.cdiv(width, step), setting["BLOCK_R"])
     lpips_bwd_kernel[(images * tiles,)](
         channels_last(x), channels_last(y), weight, grad,
         None if above is None else channels_last(above), None if codes is None else channels_last(codes), dx,

@@ -233,7 +233,7 @@ class LPIPS(nn.Module):
             # the distance is symmetric; an image that is compared with many gets the sum of their gradients
             if in0.shape[0] == 1:
                 in0, in1 = in1, in0
-            if needs_grad(in1):
+            if F._needs_grad(in1):
                 in1 = in1.expand(in0.shape)
         dtype = torch.promote_types(in0.dtype, in1.dtype)
         in0, in1 = in0.to(dtype), in1.to(dtype)
@@ -284,7 +284,7 @@ class LPIPS(nn.Module):
         if features and features[0].dtype != parameters[0].dtype:
             raise RuntimeError(f"features are {features[0].dtype}, the network computes in {parameters[0].dtype}")
         weights = [lin.weight.flatten() for lin in self.lins] if self.lpips else []
-        needs = [needs_grad(image), other is not None and needs_grad(other)]
+        needs = [F._needs_grad(image), other is not None and F._needs_grad(other)]
         return call(
             ops.lpips, image, other, features, self.scaling_layer.shift, self.scaling_layer.scale, parameters, weights,
             self.pnet_type, normalize, self.spatial, needs,
@@ -385,6 +385,3 @@ class LPIPS(nn.Module):
 def upsample(x: Tensor, size: Sequence[int]) -> Tensor:
     return nn.functional.interpolate(x, size=tuple(size), mode="bilinear", align_corners=False)
 
-
-def needs_grad(x: Tensor) -> bool:
-    return torch.is_grad_enabled() and x.requires_grad
