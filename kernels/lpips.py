@@ -25,11 +25,13 @@ from .relu_bias_grad import sum_partials
 
 EPS = tl.constexpr(1e-10)
 THREADS = 128
-# Elements of one map that a program holds: two 16-byte loads of fp16 a thread; of each of several tiles, one.
-TILE = 2048
-TILES_OF = 1024
-# With more tiles of equal width the lanes that padding wastes get fewer, and the registers more: 192 is 3 x 64.
-MAX_TILES = 4
+# Elements of a tile: a 16-byte load of fp16 a thread.
+TILE = 1024
+# Where a max-pool's gradient is gathered: what is computed for a row, its windows, then serves two vectors.
+GATHER_TILE = 2048
+# A row lies in equal tiles: with 2, a thread has 16 channels of it and shares its sums with few others; 3 where padding
+# would waste lanes, 192 = 3 x 64.  On a B200 one tile would be bound by instructions, 32 per element for 14.
+COUNTS = (2, 3, 4, 1)
 # 16 warps with 64 channels of each map a thread: beyond that values spill.
 MAX_CHANNELS = 16384
 IMAGE_BLOCK = 1024
@@ -37,8 +39,8 @@ IMAGE_BLOCK = 1024
 
 def tiles_of(channels):
     """(how many, width): the equal tiles, powers of two, that cover so many channels with the least padding."""
-    widths = [(count, triton.next_power_of_2(triton.cdiv(channels, count))) for count in range(1, MAX_TILES + 1)]
-    return min(widths, key=lambda tiles: (tiles[0] * tiles[1], tiles[0]))
+    widths = [(count, triton.next_power_of_2(triton.cdiv(channels, count))) for count in COUNTS]
+    return min(widths, key=lambda tiles: tiles[0] * tiles[1])
 
 
 @triton.jit
@@ -60,7 +62,9 @@ def weighted(x, w_ptr, c, C: tl.constexpr):
     if w_ptr is None:
         return x
     else:
-        return x * tl.load(w_ptr + c, mask=c < C, other=0.0).to(tl.float32)
+        # a whole tile of pointers, so that it lies in registers as x does
+        channel = tl.broadcast_to(c, x.shape)
+        return x * tl.load(w_ptr + channel, mask=channel < C, other=0.0).to(tl.float32)
 
 
 @triton.jit
@@ -264,14 +268,19 @@ def check_maps(a, b):
         raise ValueError(f"lpips: one image must have fewer than 2**31 elements, got shape {tuple(a.shape)}")
 
 
-def constants(channels):
+def constants(channels, tile=TILE):
     """The constants of both kernels for so many channels.  Raises ValueError for too many."""
     if channels > MAX_CHANNELS:
         raise ValueError(f"lpips: a map may have {MAX_CHANNELS} channels at most, got {channels}")
     count, width = tiles_of(channels)
-    rows = max(1, (TILE if count == 1 else TILES_OF) // width)
     threads = min(512, max(THREADS, count * width // 16))
-    return {"C": channels, "BLOCK_R": rows, "BLOCK_C": width, "TILES": count, "num_warps": warps(threads)}
+    return {
+        "C": channels,
+        "BLOCK_R": max(1, tile // width),
+        "BLOCK_C": width,
+        "TILES": count,
+        "num_warps": warps(threads),
+    }
 
 
 def lpips_fwd(pairs, shapes, spatial=False):
@@ -288,14 +297,14 @@ def lpips_fwd(pairs, shapes, spatial=False):
     pixels = [height * width for *_, height, width in shapes]
     settings = [constants(shape[1]) for shape in shapes]
     tiles = [triton.cdiv(p, setting["BLOCK_R"]) for p, setting in zip(pixels, settings, strict=True)]
-    out = None
+    out: torch.Tensor
     for layer, (a, b, weight) in enumerate(pairs):
         check_maps(a, b)
         if a.shape != torch.Size(shapes[layer]):
             raise ValueError(f"lpips: pair {layer} has shape {tuple(a.shape)}, announced was {tuple(shapes[layer])}")
-        if out is None and spatial:
+        if layer == 0 and spatial:
             out = torch.empty((images, sum(pixels)), dtype=torch.float32, device=a.device)
-        elif out is None:
+        elif layer == 0:
             # programs that a smaller layer has not write nothing
             make = torch.empty if len(set(tiles)) == 1 else torch.zeros
             out = make((max(tiles), images, layers), dtype=torch.float32, device=a.device)
@@ -330,7 +339,7 @@ def lpips_bwd(
         raise ValueError(f"lpips: above has shape {tuple(above.shape)}, the map {tuple(x.shape)}")
     if codes is not None and (above is None or above.shape != codes.shape or codes.shape[:2] != x.shape[:2]):
         raise ValueError(f"lpips: codes {tuple(codes.shape)} do not fit the map {tuple(x.shape)} and its gradient")
-    setting = constants(channels)
+    setting = constants(channels, TILE if codes is None else GATHER_TILE)
     if codes is None:
         tiles = triton.cdiv(height * width, setting["BLOCK_R"])
     else:

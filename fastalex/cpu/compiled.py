@@ -32,7 +32,7 @@ Pair = tuple[int, int]
 compiled = numba.njit(nogil=True, cache=True, error_model="numpy")
 inlined = register_jitable(error_model="numpy")
 # sums in an order that vectors of the processor can take; the same in every run
-compiled_sums = numba.njit(nogil=True, cache=True, error_model="numpy", fastmath={"reassoc", "contract"})
+compiled_sums = numba.njit(nogil=True, cache=True, error_model="numpy", fastmath={"reassoc"})
 
 # Elements that one stage of a chain makes before the next reads them.  With fewer, loads at a shift of one channel meet
 # stores that have not left the store buffer, and wait: LRN forward in rows of 96 takes 1.6 times as long.

@@ -82,7 +82,9 @@ def lpips_bwd(
         compiled.lpips_bwd(incoming, x, y, _weight(weight, x), above, codes, dx, shift, window, after_relu)
         return dx
     wide = _compute_dtype(x)
-    incoming = incoming.to(wide).repeat(images // grad.shape[0], 1).view(images, 1, *((height, width) if spatial else (1, 1)))
+    incoming = (
+        incoming.to(wide).repeat(images // grad.shape[0], 1).view(images, 1, *((height, width) if spatial else (1, 1)))
+    )
     others = y.to(wide)[(torch.arange(images) + shift) % y.shape[0]]
     a = x.to(wide)
     norm, other = (torch.linalg.vector_norm(t, dim=1, keepdim=True) for t in (a, others))

@@ -1,4 +1,4 @@
-"""LPIPS, the perceptual loss of Zhang et al. 2018, in the place of the package `lpips`: same arguments, results, weights.
+"""LPIPS, the perceptual loss of Zhang et al. 2018, with the arguments, results and weights of the package `lpips`.
 
 Images go through torchvision's AlexNet, VGG16 or SqueezeNet; the distance is that of their features, each pixel's
 channels normalised, weighted by what was fitted to people's judgements.  Here it is one node of the autograd graph
@@ -100,7 +100,12 @@ class NetLinLayer(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        return self.model[-1].weight
+        return self.model[-1].weight  # type: ignore[return-value]
+
+    @property
+    def drops(self) -> bool:
+        """Whether a call would drop channels."""
+        return self.training and len(self.model) > 1
 
     def forward(self, input: Tensor) -> Tensor:
         return self.model(input)
@@ -189,7 +194,9 @@ class LPIPS(nn.Module):
         for name in self.net.state_dict():
             own = "features." + name.partition(".")[2]
             if own not in found:
-                raise ValueError(f"the trunk weights {path or 'of torchvision'} lack {own}: they are not of {self.pnet_type}")
+                raise ValueError(
+                    f"the trunk weights {path or 'of torchvision'} lack {own}: they are not of {self.pnet_type}"
+                )
             state[name] = found[own]
         self.net.load_state_dict(state)
 
@@ -198,17 +205,19 @@ class LPIPS(nn.Module):
             print(f"weights of the features: {path or LIN}")
         if path is None:
             with np.load(LIN) as file:
-                for number, lin in enumerate(self.lins):
+                for number, lin in enumerate(self._lins()):
                     weight = torch.from_numpy(file[f"{self.pnet_type}.lin{number}"])
                     lin.weight.data.copy_(weight.view(1, -1, 1, 1))
             return
         if not Path(path).is_file():
             raise FileNotFoundError(f"model_path must be an existing file, got {str(path)!r}")
         state = torch.load(path, map_location="cpu", weights_only=True)
-        for number, lin in enumerate(self.lins):
+        for number, lin in enumerate(self._lins()):
             found = [value for name, value in state.items() if name.startswith(f"lin{number}.")]
             if len(found) != 1 or found[0].numel() != self.chns[number]:
-                raise ValueError(f"{path} has no weights lin{number} for the {self.chns[number]} channels of {self.pnet_type}")
+                raise ValueError(
+                    f"{path} has no weights lin{number} for the {self.chns[number]} channels of {self.pnet_type}"
+                )
             lin.weight.data.copy_(found[0].view(1, -1, 1, 1))
 
     # ------------------------------------------------------------------------------------------------------- calls
@@ -283,16 +292,20 @@ class LPIPS(nn.Module):
         parameters = self._trunk(image)
         if features and features[0].dtype != parameters[0].dtype:
             raise RuntimeError(f"features are {features[0].dtype}, the network computes in {parameters[0].dtype}")
-        weights = [lin.weight.flatten() for lin in self.lins] if self.lpips else []
+        weights = [lin.weight.flatten() for lin in self._lins()]
         needs = [F._needs_grad(image), other is not None and F._needs_grad(other)]
         return call(
             ops.lpips, image, other, features, self.scaling_layer.shift, self.scaling_layer.scale, parameters, weights,
             self.pnet_type, normalize, self.spatial, needs,
         )[0]  # fmt: skip
 
+    def _lins(self) -> list[NetLinLayer]:
+        """The weights of the features; none with lpips=False."""
+        return list(self.lins) if self.lpips else []  # type: ignore[arg-type]
+
     def _trunk(self, image: Tensor) -> list[Tensor]:
-        """The trunk's, in the dtype of the computation."""
-        found = list(self.net.parameters())
+        """The trunk's parameters, in the dtype of the computation."""
+        found: list[Tensor] = list(self.net.parameters())
         device = image.device.type
         if device != "meta" and torch.is_autocast_enabled(device) and found[0].dtype != torch.float64:
             dtype = torch.get_autocast_dtype(device)
@@ -317,9 +330,9 @@ class LPIPS(nn.Module):
     # ---------------------------------------------------------------------------------------------- module by module
     def _needs_modules(self, image: Tensor) -> bool:
         """Whether something needs more than the fused operator: training the network itself, or the reference mode."""
-        training = self.lpips and self.training and any(isinstance(lin.model[0], nn.Dropout) for lin in self.lins)
+        dropout = any(lin.drops for lin in self._lins())
         trained = torch.is_grad_enabled() and any(parameter.requires_grad for parameter in self.parameters())
-        return training or trained or backend.takes_reference("lpips", image)
+        return dropout or trained or backend.takes_reference("lpips", image)
 
     def _by_modules(self, in0: Tensor, in1: Tensor, per_layer: bool, normalize: bool) -> Any:
         own, other = (self.net(self._scaled(image, normalize)) for image in (in0, in1))
@@ -331,10 +344,10 @@ class LPIPS(nn.Module):
 
     def _heads(self, own: Sequence[Tensor], other: Sequence[Tensor], size: Sequence[int]) -> list[Tensor]:
         """What each feature adds: (N, 1, 1, 1), or maps of this size."""
-        found = []
+        found, lins = [], self._lins()
         for number, (a, b) in enumerate(zip(own, other, strict=True)):
-            lin = self.lins[number] if self.lpips else None
-            if lin is not None and self.training and isinstance(lin.model[0], nn.Dropout):
+            lin = lins[number] if lins else None
+            if lin is not None and lin.drops:
                 distance = lin((unit_vectors(a) - unit_vectors(b)).square())
                 distance = distance if self.spatial else distance.mean((2, 3), keepdim=True)
             else:
@@ -384,4 +397,3 @@ class LPIPS(nn.Module):
 
 def upsample(x: Tensor, size: Sequence[int]) -> Tensor:
     return nn.functional.interpolate(x, size=tuple(size), mode="bilinear", align_corners=False)
-

@@ -45,8 +45,8 @@ def _(a: Tensor, b: Tensor, weight: Tensor | None, spatial: bool) -> Tensor:
     return a.new_empty(shape, dtype=distance_dtype(a.dtype))
 
 
-@operator("fastalex::feature_backward")
-def feature_backward(
+@operator("fastalex::feature_distance_backward")
+def feature_distance_backward(
     grad: Tensor, a: Tensor, b: Tensor, weight: Tensor | None, spatial: bool, needs: list[bool]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of (a, b, weight), empty where `needs` says no.  b has a's batch where its gradient is asked for.
@@ -61,14 +61,12 @@ def feature_backward(
         if not needs[2] or weight is None:
             return da, db, a.new_empty(0)
         wide = distance_dtype(a.dtype)
-        u, v = (
-            x / (torch.linalg.vector_norm(x, dim=1, keepdim=True) + 1e-10) for x in (a.to(wide), b.to(wide))
-        )
+        u, v = (x / (torch.linalg.vector_norm(x, dim=1, keepdim=True) + 1e-10) for x in (a.to(wide), b.to(wide)))
         per_pixel = grad[:, None] if spatial else (grad / a[0, 0].numel()).view(-1, 1, 1, 1)
         return da, db, ((u - v).square_() * per_pixel).sum((0, 2, 3)).to(weight.dtype)
 
 
-@feature_backward.register_fake
+@feature_distance_backward.register_fake
 def _(
     grad: Tensor, a: Tensor, b: Tensor, weight: Tensor | None, spatial: bool, needs: list[bool]
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -87,9 +85,9 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     a, b, weight = ctx.saved_tensors
     needs = list(ctx.needs_input_grad[:3])
-    grads = call(feature_backward, grad, a, b, weight, ctx.spatial, needs)
+    grads = call(feature_distance_backward, grad, a, b, weight, ctx.spatial, needs)
     return (*(g if need else None for g, need in zip(grads, needs, strict=True)), None)
 
 
 differentiable(feature_distance, _setup_context, _backward)
-refuse_double_backward(feature_backward, "feature_distance")
+refuse_double_backward(feature_distance_backward, "feature_distance")

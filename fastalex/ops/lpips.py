@@ -54,7 +54,8 @@ class Kept:
         return kept
 
 
-def conv(x: Tensor, weight: Tensor, bias: Tensor, stride: int = 1, padding: int = 0) -> Tensor:
+def conv(x: Tensor, weight_and_bias: Sequence[Tensor], stride: int = 1, padding: int = 0) -> Tensor:
+    weight, bias = weight_and_bias
     return conv_relu.forward(x, weight, bias, [stride] * 2, [padding] * 2, [1, 1], 1)
 
 
@@ -70,9 +71,7 @@ def conv_grad(grad: Tensor, weight: Tensor, size: Sequence[int], stride: int = 1
     return out.contiguous(memory_format=torch.channels_last)
 
 
-def features_of(
-    x: Tensor, parameters: Sequence[Tensor], net: str, kept: Kept | None, rows: slice
-) -> Iterator[Tensor]:
+def features_of(x: Tensor, parameters: Sequence[Tensor], net: str, kept: Kept | None, rows: slice) -> Iterator[Tensor]:
     """The features one after the other; what the backward pass of the images `rows` needs goes into `kept`."""
     at = 0
     for layer in TRUNKS[net].layers:
@@ -87,12 +86,12 @@ def features_of(
                 kept.codes.append(codes)
             continue
         if isinstance(layer, Conv):
-            x = conv(x, *own, layer.stride, layer.padding)
+            x = conv(x, own, layer.stride, layer.padding)
         else:
-            x = conv(x, *own[:2])
+            x = conv(x, own[:2])
             if kept is not None:
                 kept.dead.append(x[rows] <= 0)
-            x = torch.cat([conv(x, *own[2:4]), conv(x, *own[4:], 1, 1)], 1)
+            x = torch.cat([conv(x, own[2:4]), conv(x, own[4:], 1, 1)], 1)
         if layer.tap:
             if kept is not None:
                 kept.features.append(x)
@@ -243,7 +242,12 @@ def lpips_backward(
         sizes = [tuple(size), *trunk.sizes(size)]
         above: Tensor | None = None
         pool: dict[str, Any] = {}
-        at, tap, codes, dead = sum(layer.parameters for layer in trunk.layers), len(trunk.channels), len(found.codes), len(found.dead)
+        at, tap, codes, dead = (
+            sum(layer.parameters for layer in trunk.layers),
+            len(trunk.channels),
+            len(found.codes),
+            len(found.dead),
+        )
         for index in reversed(range(len(trunk.layers))):
             layer, before = trunk.layers[index], sizes[index]
             if isinstance(layer, Pool):
@@ -258,7 +262,7 @@ def lpips_backward(
                 if all(needs):
                     partner, shift = maps, images
                 else:
-                    partner, shift = (maps[images:] if needs[0] else maps[:images]) if others else features[tap], 0
+                    partner, shift = features[tap] if features else maps[images:] if needs[0] else maps[:images], 0
                 above = kernels.lpips_bwd(
                     grad, maps[rows], partner, weights[tap] if weights else None, first=columns[tap], shift=shift,
                     spatial=spatial, above=above, after_relu=True, **pool,
@@ -312,7 +316,7 @@ def _(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, list[Tensor]]) -> None:
-    image, other, features, _, scale, parameters, weights, *options = inputs
+    image, _, features, _, scale, parameters, weights, *options = inputs
     _, kept = output
     ctx.options = [*options, list(image.shape[2:]), image.dtype]
     ctx.lengths = [len(kept), len(features), 1, len(parameters), len(weights)]
@@ -323,7 +327,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, list
 def _backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Any, ...]:
     saved = iter(ctx.saved_tensors)
     kept, features, (scale,), parameters, weights = (list(islice(saved, length)) for length in ctx.lengths)
-    if torch.is_grad_enabled() and not grad.requires_grad:
+    if torch.is_grad_enabled() and not (grad.requires_grad or torch._C._are_functorch_transforms_active()):
         # a graph of this pass is wanted, and what is kept does not say that it depends on the images
         grad = grad.detach().requires_grad_()
     grads = call(lpips_backward, grad, kept, features, scale, parameters, weights, *ctx.options)
@@ -349,7 +353,5 @@ def lpips_features(
 
 
 @lpips_features.register_fake
-def _(
-    image: Tensor, shift: Tensor, scale: Tensor, parameters: list[Tensor], net: str, normalize: bool
-) -> list[Tensor]:
+def _(image: Tensor, shift: Tensor, scale: Tensor, parameters: list[Tensor], net: str, normalize: bool) -> list[Tensor]:
     return fake_kept(image.shape[0], 0, image.shape[2:], net, image, parameters[0].dtype).features

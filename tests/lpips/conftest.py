@@ -6,14 +6,13 @@ import pytest
 import torch
 from torch import nn
 
-lpips = pytest.importorskip("lpips")
-pytest.importorskip("torchvision")
-
 import fastalex
+
+lpips = pytest.importorskip("lpips")
 
 
 def random_network(build):
-    """torchvision's convolutions alone, with weights that keep the size of activations; its linear layers take seconds."""
+    """torchvision's convolutions, with weights that keep the size of activations, without its slow linear layers."""
 
     def make(pretrained=False):
         with torch.device("meta"):
