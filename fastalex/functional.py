@@ -266,11 +266,8 @@ def feature_distance(a: Tensor, b: Tensor, weight: Tensor | None = None, *, spat
             raise RuntimeError(f"feature_distance: {name} is on {other.device} but a is on {a.device}")
     if backend.takes_reference("feature_distance", a):
         return reference.feature_distance(a, b, weight, spatial=spatial)
-    if a.shape[0] != b.shape[0]:
-        if a.shape[0] == 1:
-            a, b = b, a
-        if _needs_grad(b):
-            b = b.expand(a.shape)
+    if a.shape[0] == 1 != b.shape[0]:
+        a, b = b, a
     return call(ops.feature_distance, a, b, weight, spatial).to(a.dtype)
 
 

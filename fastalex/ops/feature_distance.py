@@ -49,7 +49,7 @@ def _(a: Tensor, b: Tensor, weight: Tensor | None, spatial: bool) -> Tensor:
 def feature_distance_backward(
     grad: Tensor, a: Tensor, b: Tensor, weight: Tensor | None, spatial: bool, needs: list[bool]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of (a, b, weight), empty where `needs` says no.  b has a's batch where its gradient is asked for.
+    """The gradients of (a, b, weight), empty where `needs` says no.
 
     That of the weight, which only training LPIPS itself needs, is not fused.
     """
@@ -57,7 +57,9 @@ def feature_distance_backward(
         backward = implementation("lpips", NAME, a).lpips_bwd
         incoming = grad.reshape(a.shape[0], -1)
         da = backward(incoming, a, b, weight, spatial=spatial) if needs[0] else a.new_empty(0)
-        db = backward(incoming, b, a, weight, spatial=spatial) if needs[1] else a.new_empty(0)
+        db = backward(incoming, b.expand(a.shape), a, weight, spatial=spatial) if needs[1] else a.new_empty(0)
+        if needs[1] and b.shape[0] != a.shape[0]:
+            db = db.sum(0, keepdim=True)
         if not needs[2] or weight is None:
             return da, db, a.new_empty(0)
         wide = distance_dtype(a.dtype)
