@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.harness import DTYPES, Case, Expected, NotApplicable, Race, Run, device, tf32
-from fastalex import dispatch, timing
+from fastalex import timing
+from fastalex.gpu import dispatch
 
 # Of an operation.  Without a suffix, memory is channels_last.
 OPERATION = ("fastalex", "fastalex-nchw", "eager", "eager-nchw", "compile", "compile-max-autotune")

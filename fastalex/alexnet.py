@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from fastalex import fields
 from fastalex import functional as F
 from fastalex.functional import ResponseNorm
+from fastalex.kernels.geometry import output_size
 from fastalex.nn import (
     ConvReLU2d,
     LinearReLUDropout,
@@ -341,7 +342,8 @@ class AlexNet(nn.Module):
             raise ValueError(f'variant "{self.variant.name}" starts with stride 1: it takes images as they are')
 
         def after(size: int) -> int:
-            windows = (size + self.variant.pad_end + 2 * conv.padding - conv.kernel_size) // conv.stride + 1
+            edges = (conv.padding, conv.padding + self.variant.pad_end)
+            [windows] = output_size((size,), (conv.kernel_size,), (conv.stride,), (edges,), (1,))
             blocks = windows - 1 + -(-conv.kernel_size // conv.stride)
             return blocks * conv.stride - size - conv.padding
 

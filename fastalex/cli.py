@@ -431,8 +431,8 @@ def tune(
         out: Write this table instead of the user's, which is the one that runs take.
         device: cuda or cpu; by default a GPU if there is one.
     """
-    from fastalex.dispatch import table_path
-    from fastalex.tuning import Job, tune
+    from fastalex.gpu.dispatch import table_path
+    from fastalex.gpu.tuning import Job, tune
 
     for size in batch_size:
         if size < 1:

@@ -22,7 +22,7 @@ from torch import fx, nn
 
 from fastalex import functional as F
 from fastalex.forwards import OF_TORCH, Container, call_name, has_own_forward, rewritten, trace
-from fastalex.kernels.window_code import MAX_CELLS
+from fastalex.kernels.geometry import MAX_CELLS
 from fastalex.nn import (
     ConvReLU2d,
     LinearReLUDropout,

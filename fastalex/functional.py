@@ -23,10 +23,10 @@ import torch
 from torch import Tensor, fx, nn
 
 from fastalex import backend, ops, reference
-from fastalex.kernels.window_code import MAX_CELLS
-from fastalex.ops import conv_relu
+from fastalex.kernels.geometry import MAX_CELLS, output_size
 from fastalex.ops.common import call
-from fastalex.reference import IntOrPair, pair, pooled_size
+from fastalex.ops.geometry import Conv
+from fastalex.reference import IntOrPair, pair
 
 __all__ = [
     "ResponseNorm",
@@ -71,7 +71,7 @@ def conv2d_relu(
     _check_conv2d(input, weight, bias, *geometry, groups)
     if backend.takes_reference("conv2d_relu", input):
         return reference.conv2d_relu(input, weight, bias, *geometry, groups)
-    return call(ops.conv2d_relu, input, weight, bias, *geometry, groups)
+    return call(ops.conv2d_relu, input, weight, bias, Conv(*geometry, groups).flat)
 
 
 def local_response_norm(
@@ -88,7 +88,7 @@ def local_response_norm(
     _check_lrn(input.shape, size, groups)
     if backend.takes_reference("local_response_norm", input):
         return reference.local_response_norm(input, size, alpha, beta, k, groups=groups)
-    return call(ops.local_response_norm, input, size, alpha, beta, k, groups)
+    return call(ops.local_response_norm, input, [size, alpha, beta, k, groups])
 
 
 def max_pool2d(
@@ -118,10 +118,11 @@ def max_pool2d(
         pool: Any = nn.functional.max_pool2d_with_indices if return_indices else nn.functional.max_pool2d
         return pool(input, window, step, pad, spread, ceil_mode)
     codes_wanted = return_indices or _needs_grad(input)
-    output, codes = call(ops.max_pool2d, input, window, step, pad, spread, ceil_mode, codes_wanted)
+    flat = [*window, *step, *pad, *spread]
+    output, codes = call(ops.max_pool2d, input, flat, ceil_mode, codes_wanted)
     if not return_indices:
         return output
-    return output, call(ops.max_pool2d_indices, codes, input.shape[2:], window, step, pad, spread)
+    return output, call(ops.max_pool2d_indices, codes, list(input.shape[2:]), flat)
 
 
 def lrn_max_pool2d(
@@ -153,7 +154,9 @@ def lrn_max_pool2d(
         normalised = local_response_norm(input, size, alpha, beta, k, groups=groups)
         return max_pool2d(normalised, window, step)  # type: ignore[return-value]
     codes_wanted = _needs_grad(input)
-    return call(ops.lrn_max_pool2d, input, size, alpha, beta, k, groups, window, step, after_relu, codes_wanted)[0]
+    return call(ops.lrn_max_pool2d, input, [size, alpha, beta, k, groups], [*window, *step], after_relu, codes_wanted)[
+        0
+    ]
 
 
 def conv2d_relu_max_pool2d(
@@ -185,7 +188,8 @@ def conv2d_relu_max_pool2d(
     input, geometry, groups = _conv2d_geometry(input, weight, stride, padding, dilation, groups)
     _check_conv2d(input, weight, bias, *geometry, groups)
     window, step = _window(kernel_size, pool_stride)
-    activation = conv_relu.output_shape(input, weight, *geometry)
+    conv = Conv(*geometry, groups)
+    activation = conv.output_shape(input, weight)
     _check_pool(activation, window, step, (0, 0), (1, 1), False)
     if norm is not None:
         norm = norm._replace(size=operator.index(norm.size), groups=operator.index(norm.groups))
@@ -195,18 +199,8 @@ def conv2d_relu_max_pool2d(
         if norm is not None:
             output = local_response_norm(output, *norm[:4], groups=norm.groups)
         return max_pool2d(output, window, step)  # type: ignore[return-value]
-    return call(
-        ops.conv2d_relu_pool,
-        input,
-        weight,
-        bias,
-        *geometry,
-        groups,
-        *(norm or ResponseNorm(0)),
-        window,
-        step,
-        _needs_grad(input, weight, bias),
-    )[0]
+    flat = [*conv.flat, *window, *step]
+    return call(ops.conv2d_relu_pool, input, weight, bias, flat, list(norm or ()), _needs_grad(input, weight, bias))[0]
 
 
 def linear_relu_dropout(
@@ -428,10 +422,11 @@ def _check_pool(
             raise ValueError(f"{name} must be at least {least}, got {value}")
     if min(shape[1:]) == 0:
         raise ValueError(f"input may be empty in its batch only, got shape {tuple(shape)}")
+    out = output_size(shape[2:], window, stride, padding, dilation, ceil_mode)
     for axis, name in ((0, "height"), (1, "width")):
         if 2 * padding[axis] > window[axis]:
             raise ValueError(f"padding must be at most half of kernel_size, got {padding} for {window}")
-        if pooled_size(shape[2 + axis], window[axis], stride[axis], padding[axis], dilation[axis], ceil_mode) < 1:
+        if out[axis] < 1:
             raise ValueError(
                 f"the window kernel_size {window} with padding {padding} and dilation {dilation} does not fit into "
                 f"the input's {name} {shape[2 + axis]}"

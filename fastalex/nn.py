@@ -11,7 +11,7 @@ from torch import Tensor, fx, nn
 from torch.nn.modules import module as every_module
 
 from fastalex import functional as F
-from fastalex.kernels.layout import fold_weight
+from fastalex.kernels.geometry import fold_weight
 from fastalex.reference import IntOrPair, pair
 
 

@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastalex.kernels.geometry import output_size
+
 IntOrPair = int | Sequence[int]
 
 
@@ -119,13 +121,11 @@ def max_pool2d(
     if torch.onnx.is_in_onnx_export():
         pool: Any = F.max_pool2d_with_indices if return_indices else F.max_pool2d
         return pool(input, kernel_size, stride, padding, dilation, ceil_mode)
-    rows, columns = pair(kernel_size)
-    stride_h, stride_w = pair(kernel_size if stride is None else stride)
-    pad_h, pad_w = pair(padding)
-    dilation_h, dilation_w = pair(dilation)
+    window, step = pair(kernel_size), pair(kernel_size if stride is None else stride)
+    border, spread = pair(padding), pair(dilation)
     height, width = input.shape[2:]
-    out_h = pooled_size(height, rows, stride_h, pad_h, dilation_h, ceil_mode)
-    out_w = pooled_size(width, columns, stride_w, pad_w, dilation_w, ceil_mode)
+    out_h, out_w = output_size((height, width), window, step, border, spread, ceil_mode)
+    (rows, columns), (stride_h, stride_w), (pad_h, pad_w), (dilation_h, dilation_w) = window, step, border, spread
 
     # Windows as rows of a (cells, OH, OW) index: where each cell lies in the padded plane.
     index_h = stride_h * torch.arange(out_h)[:, None] + dilation_h * torch.arange(rows) - pad_h
@@ -149,20 +149,6 @@ def max_pool2d(
     if not return_indices:
         return output
     return output, index.expand(cells.shape).gather(-1, cell).squeeze(-1)
-
-
-def convolved_size(size: int, kernel: int, stride: int, padding: int, dilation: int) -> int:
-    """The number of outputs of a convolution along one dimension."""
-    return (size + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
-
-
-def pooled_size(size: int, kernel: int, stride: int, padding: int, dilation: int, ceil_mode: bool) -> int:
-    """The number of windows along one dimension; with ceil_mode the last must start inside input or left padding."""
-    reach = size + 2 * padding - dilation * (kernel - 1) - 1
-    if not ceil_mode:
-        return reach // stride + 1
-    windows = -(-reach // stride) + 1
-    return windows - 1 if (windows - 1) * stride >= size + padding else windows
 
 
 def lrn_max_pool2d(

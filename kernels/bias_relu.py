@@ -11,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .layout import is_channels_last
+from .geometry import is_channels_last
 from .registers import DTYPES, pack, unpack, vector_width, warps
 
 THREADS = 128

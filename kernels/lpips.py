@@ -9,7 +9,7 @@ With u = a / (|a| + eps), v = b / (|b| + eps), |.| over the C channels of a pixe
 A program holds whole pixels, all channels of both maps, in registers.  Compulsory traffic in fp16: forward reads both
 maps once, 4 bytes per element of one of them; backward reads both and the gradient that comes from the layer above,
 and writes the gradient before the ReLU below, 8 bytes.  Where a max-pool lies between, its gradient is gathered in the
-same pass, through the codes of window_code.py.  Sums are fp32, in a fixed order; no atomics.
+same pass, through the codes of geometry.py.  Sums are fp32, in a fixed order; no atomics.
 
 Source: https://github.com/richzhang/PerceptualSimilarity, lpips/lpips.py and normalize_tensor of lpips/__init__.py.
 """
@@ -18,10 +18,10 @@ import torch
 import triton
 import triton.language as tl
 
-from .layout import is_channels_last
+from .geometry import is_channels_last
 from .max_pool import cell_code
+from .partial_sums import sum_partials
 from .registers import DTYPES, warps
-from .relu_bias_grad import sum_partials
 
 EPS = tl.constexpr(1e-10)
 THREADS = 128

@@ -26,7 +26,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .layout import dense, in_layout_of, is_channels_last
+from .geometry import dense, in_layout_of, is_channels_last
 from .registers import (
     DTYPES,
     inverse_power,

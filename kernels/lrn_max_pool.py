@@ -20,16 +20,16 @@ import torch
 import triton
 import triton.language as tl
 
-from . import window_code
-from .layout import dense, in_layout_of, is_channels_last
+from . import geometry
+from .geometry import dense, in_layout_of, is_channels_last, no_cell, output_size
 from .lrn import denominators, gradient_terms, load_window
 from .max_pool import gather_2x2
 from .registers import DTYPES, inverse_power, pack, take, unpack, use_asm, vector_width, window_sums
 
 MAX_SIZE = 9
 
-DEAD = tl.constexpr(window_code.dead(3, 3))
-one_hot = triton.constexpr_function(window_code.one_hot)
+DEAD = tl.constexpr(no_cell(3, 3))
+one_hot = triton.constexpr_function(geometry.one_hot)
 
 
 # ------------------------------------------------------------------------------------------------ channels
@@ -153,7 +153,7 @@ def value_of(c, DTYPE: tl.constexpr, MODE: tl.constexpr):
 
 @triton.jit
 def code_of(c, AFTER_RELU: tl.constexpr, MODE: tl.constexpr):
-    """The byte of kernels/window_code.py; a pooled 0 behind a ReLU receives no gradient, so no cell does."""
+    """The byte of kernels/geometry.py; a pooled 0 behind a ReLU receives no gradient, so no cell does."""
     if MODE == "packed":
         code = tl.where(c[0] < 0x10000, DEAD, ~c[0] & DEAD)
     elif AFTER_RELU:
@@ -486,7 +486,7 @@ def constants(x, size, alpha, beta, k, groups):
 def pooled_like(x, dtype):
     """An uninitialised tensor of one element per window, channels_last."""
     batch, channels, height, width = x.shape
-    shape = (batch, channels, (height - 3) // 2 + 1, (width - 3) // 2 + 1)
+    shape = (batch, channels, *output_size((height, width), (3, 3), (2, 2)))
     return torch.empty(shape, dtype=dtype, device=x.device, memory_format=torch.channels_last)
 
 
@@ -501,7 +501,7 @@ def lrn_max_pool_fwd(x, size, alpha, beta, k, *, groups=1, after_relu=False, cod
     in every dtype a window whose maximum is 0 gets the dead code, so that backward includes the ReLU's mask.
     codes=False computes the values only.
 
-    Returns y and codes (int8, window_code.py; or None), both (N, C, (H - 3) // 2 + 1, (W - 3) // 2 + 1) in
+    Returns y and codes (int8, geometry.py; or None), both (N, C, (H - 3) // 2 + 1, (W - 3) // 2 + 1) in
     channels_last.  The first maximum of a window wins.  The last NaN wins, as in PyTorch, but with
     after_relu in 16 bit the first.  Raises ValueError for what `unsupported` names.
     """
@@ -555,7 +555,7 @@ def lrn_max_pool_bwd(grad, codes, x, size, alpha, beta, k, *, groups=1, bias_par
     x = dense(x)
     check(x, size, groups)
     batch, channels, height, width = x.shape
-    pooled = (batch, channels, (height - 3) // 2 + 1, (width - 3) // 2 + 1)
+    pooled = (batch, channels, *output_size((height, width), (3, 3), (2, 2)))
     if grad.shape != pooled or grad.dtype != x.dtype:
         raise ValueError(f"grad must be {pooled} in {x.dtype}, got {tuple(grad.shape)} in {grad.dtype}")
     if codes.shape != pooled or codes.dtype != torch.int8:

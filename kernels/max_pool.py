@@ -1,24 +1,21 @@
 """Max-pooling over windows of up to 127 cells, forward and backward, with one-byte codes in place of indices.
 
-Forward writes the maximum and the code of its cell (window_code.py); backward is a gather: each input pixel looks at
+Forward writes the maximum and the code of its cell (geometry.py); backward is a gather: each input pixel looks at
 the windows that cover it, so nothing is added atomically and two runs are bit-equal.  Compulsory traffic of a
 3x3 window with stride 2 in fp16, channels_last or not: 2.72 bytes per input element each way.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import Literal, overload
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .layout import memory_format
+from .geometry import Pair, Window, memory_format, one_hot
 from .registers import DTYPES, pack, unpack, use_asm, vector_width
-from .window_code import MAX_CELLS, one_hot
-
-Pair = tuple[int, int]
 
 # One warp a program where rows are walked: a warp-wide test or sum then needs no shared memory.
 WARP = 32
@@ -39,7 +36,7 @@ ONE_HOT_3X3 = tl.constexpr(tuple(one_hot(row, column, 3, 3) for row in range(3) 
 # ---------------------------------------------------------------------------------------------- window codes
 @triton.jit
 def cell_code(row, column, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """window_code.code in the kernel's language, for numbers and for tensors."""
+    """geometry.cell_code in the kernel's language, for numbers and for tensors."""
     if ROWS + COLUMNS <= 6:
         all_ones: tl.constexpr = (1 << (ROWS + COLUMNS)) - 1
         out = (1 << (COLUMNS + ROWS - 1 - row) | 1 << (COLUMNS - 1 - column)) ^ all_ones
@@ -696,76 +693,6 @@ def max_pool_indices_kernel(
 
 
 # ---------------------------------------------------------------------------------------------- launchers
-@dataclass(frozen=True)
-class Window:
-    """Kernel size, stride, padding and dilation, (height, width) each, checked."""
-
-    kernel_size: Pair
-    stride: Pair
-    padding: Pair
-    dilation: Pair
-
-    def __post_init__(self):
-        rows, columns = self.kernel_size
-        for name, smallest in (("kernel_size", 1), ("stride", 1), ("padding", 0), ("dilation", 1)):
-            value = getattr(self, name)
-            if min(value) < smallest:
-                raise ValueError(f"max_pool: {name} must be at least {smallest} in both dimensions, got {value}")
-        if rows * columns > MAX_CELLS:
-            raise ValueError(
-                f"max_pool: kernel_size {self.kernel_size} has {rows * columns} cells, one-byte codes reach {MAX_CELLS}"
-            )
-        if 2 * self.padding[0] > rows or 2 * self.padding[1] > columns:
-            raise ValueError(
-                f"max_pool: padding must be at most half of kernel_size {self.kernel_size}, got {self.padding}"
-            )
-
-    @property
-    def constants(self) -> dict[str, int]:
-        """The kernels' constexpr arguments, padding apart."""
-        (rows, columns), (sh, sw), (dh, dw) = self.kernel_size, self.stride, self.dilation
-        return {"ROWS": rows, "COLUMNS": columns, "SH": sh, "SW": sw, "DH": dh, "DW": dw}
-
-    @property
-    def padding_constants(self) -> dict[str, int]:
-        return {"PH": self.padding[0], "PW": self.padding[1]}
-
-    @property
-    def is_3x3_stride_2(self) -> bool:
-        return self == Window((3, 3), (2, 2), (0, 0), (1, 1))
-
-    def inside(self, size: Pair, out: Pair) -> bool:
-        """Whether no window reaches over the border: no padding, and no partial window from ceil_mode."""
-        ends = (
-            (o - 1) * s + d * (k - 1)
-            for o, s, d, k in zip(out, self.stride, self.dilation, self.kernel_size, strict=True)
-        )
-        return self.padding == (0, 0) and all(end < length for end, length in zip(ends, size, strict=True))
-
-    def windows(self, size: Pair, ceil_mode: bool) -> Pair:
-        """How many fit, 0 or less if none; with ceil_mode also those that start inside input or left padding."""
-        out = []
-        for length, kernel, stride, padding, dilation in zip(
-            size, self.kernel_size, self.stride, self.padding, self.dilation, strict=True
-        ):
-            reach = length + 2 * padding - dilation * (kernel - 1) - 1
-            windows = -(-reach // stride) + 1 if ceil_mode else reach // stride + 1
-            if ceil_mode and (windows - 1) * stride >= length + padding:
-                windows -= 1
-            out.append(windows)
-        return out[0], out[1]
-
-    def output_size(self, size: Pair, ceil_mode: bool) -> Pair:
-        """`windows`.  Raises ValueError where none fits."""
-        out = self.windows(size, ceil_mode)
-        if min(out) < 1:
-            raise ValueError(
-                f"max_pool: no window fits: input size {size}, kernel_size {self.kernel_size}, "
-                f"padding {self.padding}, dilation {self.dilation} give output size {out}"
-            )
-        return out
-
-
 def channels_per_access(x: Tensor) -> int:
     """Channels that one access of at most 16 bytes can take: a power of two that divides C."""
     return min(vector_width(x.dtype), x.shape[1] & -x.shape[1])
@@ -801,7 +728,7 @@ def max_pool_fwd(
     codes: bool = True,
     after_relu: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
-    """The maximum of each window, (N, C, H, W) -> (N, C, OH, OW), and which cell held it, as window_code.py says.
+    """The maximum of each window, (N, C, H, W) -> (N, C, OH, OW), and which cell held it, as geometry.py says.
 
     Exactly torch.nn.functional.max_pool2d: padding is never chosen, the first maximum in row-major order wins a tie
     (of signed zeros too), the last NaN of a window beats everything, a window of minus infinities belongs to its
@@ -864,6 +791,30 @@ def check_codes(codes: Tensor, input_size: Pair, window: Window) -> None:
         )
 
 
+@overload
+def max_pool_bwd(
+    grad: Tensor,
+    codes: Tensor,
+    input_size: Pair,
+    kernel_size: Pair,
+    stride: Pair,
+    padding: Pair,
+    dilation: Pair,
+    *,
+    bias_partials: Literal[False] = False,
+) -> Tensor: ...
+@overload
+def max_pool_bwd(
+    grad: Tensor,
+    codes: Tensor,
+    input_size: Pair,
+    kernel_size: Pair,
+    stride: Pair,
+    padding: Pair,
+    dilation: Pair,
+    *,
+    bias_partials: Literal[True],
+) -> tuple[Tensor, Tensor]: ...
 def max_pool_bwd(
     grad: Tensor,
     codes: Tensor,

@@ -11,7 +11,8 @@ import torch
 import triton
 import triton.language as tl
 
-from .layout import dense, in_layout_of, is_channels_last
+from .geometry import dense, in_layout_of, is_channels_last
+from .partial_sums import sum_partials
 from .registers import DTYPES, warps
 
 THREADS = 128
@@ -23,13 +24,6 @@ BLOCK_CHANNELS = 32
 MAX_PARTIALS = 512
 # 8 bytes of partials per channel (written and read) for 6 bytes per element in fp16: 1 % at 128 rows.
 MIN_ROWS = 128
-# `sum_partials`: rows of a block, and channels, one 32-byte sector of each row.
-BLOCK_PARTIALS = 128
-PARTIAL_CHANNELS = 8
-# Blocks of rows that one program adds, all of them in flight at once: 16 loads of 16 bytes per thread.
-MAX_STEPS = 8
-# Four for each of 132 multiprocessors.
-ENOUGH_PROGRAMS = 528
 
 
 @triton.jit
@@ -104,55 +98,6 @@ def relu_bias_grad_planes_kernel(
         total += dz
     if partials_ptr is not None:
         tl.store(partials_ptr + chunk * channels + channel, tl.sum(total))
-
-
-@triton.jit
-def sum_partials_kernel(
-    partials_ptr,  # count x channels, fp32
-    out_ptr,  # programs per channel block x channels, fp32
-    count,
-    channels,
-    STEPS: tl.constexpr,
-    BLOCK_P: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-):
-    """A program adds STEPS blocks of rows of one channel block; no load waits for another."""
-    blocks = tl.cdiv(channels, BLOCK_C)
-    chunk = tl.program_id(0) // blocks
-    c = (tl.program_id(0) - chunk * blocks) * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
-    first = chunk * (STEPS * BLOCK_P) + tl.arange(0, BLOCK_P)[:, None]
-    total = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
-    for step in tl.static_range(STEPS):
-        p = first + step * BLOCK_P
-        mask = (p < count) & (c < channels)
-        total += tl.load(partials_ptr + p.to(tl.int64) * channels + c, mask=mask, other=0.0)
-    tl.store(out_ptr + chunk.to(tl.int64) * channels + c, tl.sum(total, 0)[None, :], mask=c < channels)
-
-
-def sum_partials(partials):
-    """The sum over the rows of an fp32 matrix (P, C): fp32 [C], always in the same order.  P = 0 gives zeros.
-
-    One launch for up to 1,024 rows, two for up to a million.
-    """
-    count, channels = partials.shape
-    if not count:
-        return torch.zeros(channels, dtype=torch.float32, device=partials.device)
-    while channels:
-        blocks = triton.cdiv(channels, PARTIAL_CHANNELS)
-        tiles = triton.cdiv(count, BLOCK_PARTIALS)
-        # what one launch can finish, it does; before that, as many programs as run at once
-        share = tiles if tiles <= MAX_STEPS else min(MAX_STEPS, triton.cdiv(tiles * blocks, ENOUGH_PROGRAMS))
-        steps = triton.next_power_of_2(share)
-        chunks = triton.cdiv(tiles, steps)
-        out = torch.empty(chunks, channels, dtype=torch.float32, device=partials.device)
-        sum_partials_kernel[(chunks * blocks,)](
-            partials, out, count, channels,
-            STEPS=steps, BLOCK_P=BLOCK_PARTIALS, BLOCK_C=PARTIAL_CHANNELS, num_warps=warps(THREADS),
-        )  # fmt: skip
-        if chunks == 1:
-            return out[0]
-        partials, count = out, chunks
-    return torch.empty(0, dtype=torch.float32, device=partials.device)
 
 
 def relu_bias_grad(grad, y, *, bias=True, scale=1.0):

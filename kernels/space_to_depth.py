@@ -13,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .layout import dense, fold_weight, is_channels_last, unfold_weight_grad
+from .geometry import dense, fold_weight, is_channels_last, unfold_weight_grad
 from .registers import DTYPES, pack, take, unpack, vector_width, warps
 
 __all__ = ["fold_weight", "space_to_depth", "unfold_weight_grad"]

@@ -17,7 +17,7 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 def pytest_configure(config):
     # after the flag above: an import of Triton decorates functions
-    from fastalex.kernels import interpreter
+    from fastalex.inspection import interpreter
 
     interpreter.mend()
 

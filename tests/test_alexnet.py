@@ -556,8 +556,8 @@ FORCED = {
 @pytest.mark.parametrize("name", ["paper", "torchvision"])
 def test_every_triton_candidate_runs_the_model(name, form):
     """Forward and backward with Triton's convolutions, against the reference in float64."""
-    from fastalex import dispatch
     from fastalex.backend import explain
+    from fastalex.gpu import dispatch
     from fastalex.kernels.registers import interpreting
 
     if form == "descriptors" and not interpreting():

@@ -13,13 +13,13 @@ import torch
 from torch import nn
 
 import fastalex
-from fastalex import backend, dispatch
+from fastalex import backend
 from fastalex import functional as F
-from fastalex.dispatch import Candidate, Measurement, Operation
-from fastalex.ops import conv_candidates
-from fastalex.ops.conv_candidates import CONV2D_RELU
+from fastalex.gpu import convolution, dispatch
+from fastalex.gpu.convolution import CONV2D_RELU
+from fastalex.gpu.dispatch import Candidate, Measurement, Operation
+from fastalex.gpu.tuning import tune_model
 from fastalex.ops.explanation import dispatched, operator_calls
-from fastalex.tuning import tune_model
 
 
 def yes(*args):
@@ -164,7 +164,7 @@ def test_settings_of_cudnn_are_part_of_the_key(cudnn):
 
 def test_allow_tf32_is_honoured():
     code = (
-        "import torch; from fastalex import dispatch\n"
+        "import torch; from fastalex.gpu import dispatch\n"
         "found = [dispatch.flags().precision]\n"
         "for allowed in (False, True):\n"
         "    torch.backends.cudnn.allow_tf32 = allowed; found.append(dispatch.flags().precision)\n"
@@ -191,9 +191,9 @@ def test_cudnns_fusion_is_refused_where_algorithms_must_be_deterministic(cudnn):
         is_cuda = True
 
     cudnn.deterministic = False
-    assert conv_candidates.no_cudnn(OnGPU()) is None
+    assert convolution.no_cudnn(OnGPU()) is None
     cudnn.deterministic = True
-    assert "deterministic" in conv_candidates.no_cudnn(OnGPU())
+    assert "deterministic" in convolution.no_cudnn(OnGPU())
 
 
 # ---- the file
@@ -521,9 +521,9 @@ def test_the_command_needs_a_gpu():
     assert run.stderr == "fastalex: error: tune times kernels on a GPU, and the device here is cpu\n"
 
 
-def test_forms_are_the_kernels():
-    conv_relu = pytest.importorskip("fastalex.kernels.conv_relu")
-    assert conv_candidates.FORMS == conv_relu.FORMS
+def test_algorithms_are_the_kernels():
+    forward = pytest.importorskip("fastalex.kernels.convolution.forward")
+    assert convolution.ALGORITHMS == forward.ALGORITHMS
 
 
 def test_forcing_is_undone_after_an_error():

@@ -14,8 +14,8 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicO
 from torch.func import functional_call
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastalex import dispatch
 from fastalex import functional as F
+from fastalex.gpu import dispatch
 from fastalex.ops import common
 
 pytest.importorskip("triton")
@@ -140,7 +140,7 @@ def test_the_check_notices(sin, error, launches, monkeypatch):
     """Each would break a capture on a GPU; here each breaks the test above."""
     module = sys.modules["fastalex.ops.conv_relu"]
     forward = module.forward
-    monkeypatch.setattr(module, "forward", lambda x, *rest: (sin(x), forward(x, *rest))[1])
+    monkeypatch.setattr(module, "forward", lambda x, *rest, **options: (sin(x), forward(x, *rest, **options))[1])
     with pytest.raises(error):
         forward_and_backward(monkeypatch, CALLS["conv2d_relu"][0], CONV)
 

@@ -127,7 +127,7 @@ def test_installed_wheel_leaves_another_kernels_package_alone(built, tmp_path):
     script = """
 import fastalex, kernels, pathlib
 from fastalex.data import fashion_mnist
-from fastalex.kernels import window_code
+from fastalex.kernels import geometry
 assert kernels.owner == "somebody else"
 assert len(fashion_mnist.load("test").images) == 1000
 print(pathlib.Path(fastalex.__file__).parent.parent)

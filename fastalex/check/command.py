@@ -16,7 +16,7 @@ from fastalex.check.prepare import entries, prepare
 from fastalex.check.report import report, wrong
 from fastalex.check.runner import Log
 from fastalex.check.stages import LOG, STAGES
-from fastalex.kernels.offline import TARGETS
+from fastalex.inspection.compiler import TARGETS
 
 DESCRIPTION = """Does fastalex work on this machine, and what is gained?  Compiles every kernel, compares it with
 float64, then times it, whole models and all candidates of their convolutions against PyTorch.  Each stage has a process

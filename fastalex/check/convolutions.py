@@ -11,12 +11,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastalex import backend, dispatch
+from fastalex import backend
 from fastalex.alexnet import VARIANTS, AlexNet
 from fastalex.check.kernels import DTYPES, compared, random
 from fastalex.check.runner import Context, Item, Row
-from fastalex.dispatch import Operation
-from fastalex.ops.conv_candidates import CONV2D_INPUT_GRAD, CONV2D_RELU, CONV2D_WEIGHT_GRAD, output_size
+from fastalex.gpu import dispatch
+from fastalex.gpu.convolution import CONV2D_INPUT_GRAD, CONV2D_RELU, CONV2D_WEIGHT_GRAD, output_size
+from fastalex.gpu.dispatch import Operation
 from fastalex.tolerances import SLACK, UNIT_ROUNDOFF, bound
 
 OPERATIONS = (CONV2D_RELU, CONV2D_INPUT_GRAD, CONV2D_WEIGHT_GRAD)
@@ -63,7 +64,7 @@ def arguments(operation: Operation, layer: str, dtype: str, images: int, context
     weight = weight.to(real).contiguous(memory_format=last)
     if operation is CONV2D_RELU:
         return (x, weight, random((features,), real, context.device, 2), *geometry)
-    shape = (images, features, *output_size(x, weight, *geometry[:3]))
+    shape = (images, features, *output_size(x.shape[2:], weight.shape[2:], *geometry[:3]))
     return (random(shape, real, context.device, 3).contiguous(memory_format=last), x, weight, *geometry)
 
 

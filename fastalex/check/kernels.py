@@ -233,7 +233,7 @@ def check_relu_bias_grad(shape: tuple[int, ...], dtype: str, context: Context) -
 
 def check_sum_partials(rows: int, channels: int, context: Context) -> Row:
     partials = random((rows, channels), torch.float32, context.device)
-    run = kernels_of(context, "relu_bias_grad").sum_partials
+    run = kernels_of(context, "partial_sums").sum_partials
     found, again = run(partials), run(partials)
     expected = partials.double().sum(0)
     limit = bound(expected, torch.float32, terms=rows, magnitude=partials.double().abs().sum(0))
@@ -359,7 +359,7 @@ def time_pass(name: str, context: Context) -> Row:
     if name == "sum_partials":
         rows = 300 if context.small else 7168
         partials = random((rows, maps[1]), torch.float32, context.device)
-        module = kernels_of(context, "relu_bias_grad")
+        module = kernels_of(context, "partial_sums")
         row = timed(lambda: module.sum_partials(partials), partials.nbytes, context)
         eager = context.milliseconds(lambda: partials.sum(0))
     elif name == "bias_relu":

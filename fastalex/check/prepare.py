@@ -36,7 +36,7 @@ def compilations() -> Iterator[dict[str, int]]:
 
 def entries() -> list[str]:
     """The catalogue's entries that `check` runs, those that compile longest first."""
-    from fastalex.kernels import catalog
+    from fastalex.inspection import catalog
 
     found = [name for name, entry in catalog.ENTRIES.items() if entry.variant in VARIANTS]
     return sorted(found, key=lambda name: "/lrn_max_pool/" not in name)
@@ -46,9 +46,9 @@ def compile_entry(name: str, target: str, batches: Sequence[int]) -> tuple[str, 
     """Compile what an entry launches at each batch.  Returns its name, what `compilations` counted, and an error."""
     import triton
 
-    from fastalex.kernels import catalog, offline
+    from fastalex.inspection import catalog, compiler
 
-    triton.runtime.driver.set_active(offline.NamedTarget(target))
+    triton.runtime.driver.set_active(compiler.NamedTarget(target))
     error = None
     with compilations() as found:
         for batch in batches:

@@ -11,7 +11,7 @@ from pathlib import Path
 from fastalex.check import convolutions, kernels, machine, models
 from fastalex.check.prepare import compilations
 from fastalex.check.runner import Context, Item, Log, Stage, end, iterate_rows, run_stage
-from fastalex.kernels import interpreter
+from fastalex.inspection import interpreter
 
 LOG = "FASTALEX_CHECK_LOG"
 

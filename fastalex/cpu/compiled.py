@@ -23,8 +23,8 @@ from numba import types
 from numba.extending import overload, register_jitable
 from torch import Tensor
 
-from fastalex.kernels import window_code
-from fastalex.kernels.layout import is_channels_last
+from fastalex.kernels import geometry
+from fastalex.kernels.geometry import is_channels_last
 
 Pair = tuple[int, int]
 
@@ -522,13 +522,13 @@ def _codes(codes: Tensor | None) -> np.ndarray:
 
 
 def _dead(kernel_size: Pair, after_relu: bool) -> int:
-    return window_code.dead(*kernel_size) if after_relu else 0
+    return geometry.no_cell(*kernel_size) if after_relu else 0
 
 
 @lru_cache(maxsize=64)
 def _table(kernel_size: Pair) -> np.ndarray:
     rows, columns = kernel_size
-    return np.array([[window_code.code(r, s, rows, columns) for s in range(columns)] for r in range(rows)], np.int8)
+    return np.array([[geometry.cell_code(r, s, rows, columns) for s in range(columns)] for r in range(rows)], np.int8)
 
 
 def _share(kernel: Callable[..., None], rows: int, elements: int, *args: Any) -> None:

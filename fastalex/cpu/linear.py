@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastalex.cpu.pieces import scratch
-from fastalex.kernels.layout import dense
+from fastalex.kernels.geometry import dense
 
 # Of one product of `weight_grad`.
 BLOCK_ELEMENTS = 2**20

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from fastalex import cpu
 from fastalex.cpu.pieces import ONE_THREAD, SERIAL, channel_blocks, pieces, scratch
-from fastalex.kernels.layout import dense, in_layout_of
+from fastalex.kernels.geometry import dense, in_layout_of
 
 
 @torch.no_grad()

@@ -20,7 +20,7 @@ from fastalex.cpu.max_pool import (
     images_per_block,
 )
 from fastalex.cpu.pieces import channel_blocks, pieces
-from fastalex.kernels.layout import dense, in_layout_of, is_channels_last
+from fastalex.kernels.geometry import dense, in_layout_of, is_channels_last
 
 KERNEL_SIZE = (3, 3)
 STRIDE = (2, 2)

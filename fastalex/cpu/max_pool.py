@@ -2,7 +2,7 @@
 
 PyTorch's kernel for channels_last is fast (4 ms for 32 x 96 x 55 x 55 on one thread), its kernel for contiguous
 tensors is not (100 ms), so contiguous images are transposed on the way.  Its int64 indices live only as long as one
-block of images, in a buffer that is reused; what is kept is the code of `fastalex.kernels.window_code`.
+block of images, in a buffer that is reused; what is kept is the code of `fastalex.kernels.geometry`.
 
 An index and a code say the same about a window: index = window's first cell + offset of the cell, where the first
 cell depends on the position only and the offset on the code only.  So one subtraction and one table turn indices
@@ -12,15 +12,15 @@ into codes, and one table and one addition turn codes into indices.
 from __future__ import annotations
 
 from functools import lru_cache
+from typing import Literal, overload
 
 import torch
 from torch import Tensor
 
 from fastalex import cpu
 from fastalex.cpu.pieces import SERIAL, scratch
-from fastalex.kernels import window_code
-from fastalex.kernels.layout import dense, in_layout_of, is_channels_last, memory_format
-from fastalex.reference import pooled_size
+from fastalex.kernels import geometry
+from fastalex.kernels.geometry import dense, in_layout_of, is_channels_last, memory_format
 
 Pair = tuple[int, int]
 
@@ -67,6 +67,30 @@ def max_pool_fwd(
     return y, found
 
 
+@overload
+def max_pool_bwd(
+    grad: Tensor,
+    codes: Tensor,
+    input_size: Pair,
+    kernel_size: Pair,
+    stride: Pair,
+    padding: Pair,
+    dilation: Pair,
+    *,
+    bias_partials: Literal[False] = False,
+) -> Tensor: ...
+@overload
+def max_pool_bwd(
+    grad: Tensor,
+    codes: Tensor,
+    input_size: Pair,
+    kernel_size: Pair,
+    stride: Pair,
+    padding: Pair,
+    dilation: Pair,
+    *,
+    bias_partials: Literal[True],
+) -> tuple[Tensor, Tensor]: ...
 @torch.no_grad()
 def max_pool_bwd(
     grad: Tensor,
@@ -175,13 +199,15 @@ class Windows:
         *,
         output_size: Pair | None = None,
     ) -> None:
+        arguments = input_size, kernel_size, stride, padding, dilation
         if output_size is None:
-            output_size = _output_size(input_size, kernel_size, stride, padding, dilation, ceil_mode)
+            height, width = geometry.output_size(*arguments, ceil_mode)
+            output_size = height, width
         else:
             # where no whole window fits, that is 0 or less
-            ceil_mode = output_size != _output_size(input_size, kernel_size, stride, padding, dilation, False)
+            ceil_mode = output_size != geometry.output_size(*arguments)
         self.arguments = kernel_size, stride, padding, dilation, ceil_mode
-        self.output_size: Pair = output_size
+        self.output_size = output_size
         self.width = input_size[1]
         self.tables = _tables(self.width, output_size, kernel_size, stride, padding, dilation)
 
@@ -202,7 +228,7 @@ class Windows:
                 dead = torch.eq(target, 0, out=channels_last_scratch("pool dead", y.shape, y.dtype))
                 # the dead code has every bit that a code may have
                 flags = channels_last_scratch("pool flags", y.shape, torch.int8).copy_(dead)
-                target_codes.bitwise_or_(flags.mul_(window_code.dead(*self.arguments[0])))
+                target_codes.bitwise_or_(flags.mul_(geometry.no_cell(*self.arguments[0])))
         if target is not y:
             y.copy_(target)
             if codes is not None and target_codes is not None:
@@ -262,21 +288,12 @@ class _Tables:
         self.narrow_first_cells = row * width + column
         last = (rows - 1) * dilation[0] * self.plane_width + (columns - 1) * dilation[1]
         self.code_of_offset = torch.zeros(last + 1, dtype=torch.int8)
-        self.offset_of_code = torch.full((window_code.MAX_CELLS + 1,), -(2**30), dtype=torch.int32)
+        self.offset_of_code = torch.full((geometry.MAX_CELLS + 1,), -(2**30), dtype=torch.int32)
         for r in range(rows):
             for c in range(columns):
-                code = window_code.code(r, c, rows, columns)
+                code = geometry.cell_code(r, c, rows, columns)
                 self.code_of_offset[r * dilation[0] * self.plane_width + c * dilation[1]] = code
                 self.offset_of_code[code] = r * dilation[0] * width + c * dilation[1]
-
-
-def _output_size(
-    input_size: Pair, kernel_size: Pair, stride: Pair, padding: Pair, dilation: Pair, ceil_mode: bool
-) -> Pair:
-    height, width = (
-        pooled_size(*sizes, ceil_mode) for sizes in zip(input_size, kernel_size, stride, padding, dilation, strict=True)
-    )
-    return height, width
 
 
 @lru_cache(maxsize=64)

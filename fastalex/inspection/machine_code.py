@@ -1,7 +1,8 @@
 """What the compiler makes of the kernels, as rows, tables and JSON, and what that says about time on named chips.
 
-The rows come from `fastalex.kernels.offline` (registers, spills, memory, access widths, instructions by pipe) and
-`fastalex.kernels.traffic` (DRAM bytes, counted).  Times are modelled from them and called so wherever they are shown.
+The rows come from `fastalex.inspection.compiler` (registers, spills, memory, access widths, instructions by pipe) and
+`fastalex.inspection.traffic` (DRAM bytes, counted).  Times are modelled from them and called so wherever they are
+shown.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ def names(dtypes: Iterable[str], text: str = "", every: bool = False) -> list[st
     """
     if not HAS_TRITON:
         raise ValueError("the kernels cannot be compiled: the triton package is not installed")
-    from fastalex.kernels import catalog
+    from fastalex.inspection import catalog
 
     found = []
     for dtype in dtypes:
@@ -64,9 +65,9 @@ def rows(names: Sequence[str], targets: Sequence[str]) -> list[Row]:
 
     names: entries of the catalogue.  Compiles what the cache does not hold, for minutes if that is much.
     """
-    from fastalex.kernels import catalog, offline
+    from fastalex.inspection import catalog, compiler
 
-    found = offline.results([(name, target) for name in names for target in (*targets, "traffic")])
+    found = compiler.results([(name, target) for name in names for target in (*targets, "traffic")])
     out = []
     for name in names:
         entry = catalog.ENTRIES[name]
@@ -164,10 +165,10 @@ def _number(value: float | None, digits: int = 1) -> str:
 
 
 def _head(row: Row) -> list[str]:
-    """Layer, kernel and dtype; the form of a convolution behind its kernel, which several forms share."""
-    _, _, operation, form, *_ = row["entry"].split("/")
+    """Layer, kernel and dtype; the algorithm of a convolution behind its kernel, which several share."""
+    _, _, operation, algorithm, *_ = row["entry"].split("/")
     kernel = row["kernel"].removesuffix("_kernel")
-    return [row["layer"], f"{kernel} ({form})" if operation.startswith("conv_") else kernel, row["dtype"]]
+    return [row["layer"], f"{kernel} ({algorithm})" if operation.startswith("conv_") else kernel, row["dtype"]]
 
 
 def code_table(found: Iterable[Row]) -> Table:

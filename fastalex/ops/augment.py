@@ -2,24 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
-from fastalex import backend
-from fastalex.ops.common import device_of, implementation
+from fastalex import backend, gpu
+from fastalex.cpu import augment as cpu_augment
+from fastalex.ops.common import device_of
 
 NAME = "augment"
-
-
-def implementation_for(images: Tensor) -> Any:
-    """The kernel, or PyTorch on whatever device where it cannot run."""
-    if backend.takes_reference(NAME, images):
-        from fastalex.cpu import augment
-
-        return augment
-    return implementation(NAME, NAME, images)
 
 
 @torch.library.custom_op("fastalex::augment", mutates_args=())
@@ -37,7 +27,9 @@ def augment(
 ) -> Tensor:
     """As fastalex.kernels.augment.augment.  axes: nine numbers; padding: (top, bottom, left, right)."""
     with device_of(images):
-        return implementation_for(images).augment(
+        # PyTorch's operations run on whatever device where the kernel cannot
+        triton = not backend.takes_reference(NAME, images) and backend.takes_triton(NAME, images)
+        return (gpu.augment if triton else cpu_augment).augment(
             images,
             indices,
             seed,

@@ -10,9 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import importlib
 from collections.abc import Callable
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -21,23 +19,12 @@ from torch.autograd import forward_ad
 from torch.nn import Parameter
 from torch.utils._pytree import tree_map
 
-from fastalex import backend
-from fastalex.kernels.layout import dense, memory_format
+from fastalex.kernels.geometry import dense, memory_format
 
 
 def empty(like: Tensor, shape: tuple[int, ...] | list[int], dtype: torch.dtype | None = None) -> Tensor:
     """An uninitialised tensor of this shape in the memory format of `like`."""
     return torch.empty(tuple(shape), dtype=dtype or like.dtype, device=like.device, memory_format=memory_format(like))
-
-
-def implementation(name: str, operation: str, input: Tensor) -> ModuleType:
-    """The module whose functions do the work for this tensor: fastalex.kernels.<name> or fastalex.cpu.<name>."""
-    return _module("kernels" if backend.takes_triton(operation, input) else "cpu", name)
-
-
-@functools.cache
-def _module(room: str, name: str) -> ModuleType:
-    return importlib.import_module(f"fastalex.{room}.{name}")
 
 
 def device_of(input: Tensor) -> contextlib.AbstractContextManager[Any]:

@@ -13,17 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastalex import backend
+from fastalex import backend, gpu
+from fastalex.cpu import max_pool
+from fastalex.gpu.convolution import output_format
 from fastalex.ops import conv_relu, lrn_max_pool
-from fastalex.ops.common import (
-    call,
-    device_of,
-    differentiable,
-    empty,
-    implementation,
-    operator,
-    refuse_double_backward,
-)
+from fastalex.ops.common import call, device_of, differentiable, empty, operator, refuse_double_backward
+from fastalex.ops.geometry import Conv, Norm, pooled_shape, windows
 
 NAME = "conv2d_relu_pool"
 
@@ -34,102 +29,93 @@ NAME = "conv2d_relu_pool"
 BLOCK_BYTES = 16 * 2**20
 
 
-Conv = tuple[list[int], list[int], list[int], int]  # stride, padding, dilation, groups
-Norm = tuple[int, float, float, float, int]  # size (0: none), alpha, beta, k, groups
-Window = tuple[list[int], list[int]]  # kernel size, stride
-
-
 def forward(
-    input: Tensor, weight: Tensor, bias: Tensor | None, conv: Conv, norm: Norm, window: Window, codes: bool
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    conv: Conv,
+    norm: list[float],
+    window: list[int],
+    codes: bool,
+    *,
+    triton: bool,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """The kernels one after the other: pooled, the activation and, with `codes`, the window codes."""
-    activation = conv_relu.forward(input, weight, bias, *conv)
-    if norm[0]:
-        output, found = lrn_max_pool.forward(activation, *norm, *window, True, codes)
+    activation = conv_relu.forward(input, weight, bias, conv, triton=triton)
+    if norm:
+        output, found = lrn_max_pool.forward(activation, Norm.of(norm), window, True, codes, triton=triton)
     else:
-        kernel_size, stride = map(tuple, window)
-        output, found = implementation("max_pool", NAME, input).max_pool_fwd(
-            activation, kernel_size, stride, (0, 0), (1, 1), False, codes=codes, after_relu=True
-        )
+        pool = gpu.max_pool.max_pool_fwd if triton else max_pool.max_pool_fwd
+        output, found = pool(activation, *windows(window), False, codes=codes, after_relu=True)
     return output, activation, found
 
 
-def inference(input: Tensor, weight: Tensor, bias: Tensor | None, conv: Conv, norm: Norm, window: Window) -> Tensor:
+def inference(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    conv: Conv,
+    norm: list[float],
+    window: list[int],
+    *,
+    triton: bool,
+) -> Tensor:
     """Pooled.  On a CPU in nearly equal blocks of images, so that the activation of the whole batch never exists."""
     images = input.shape[0]
-    shape = conv_relu.output_shape(input, weight, *conv[:3])
+    shape = conv.output_shape(input, weight)
     # A block has an image for every thread: PyTorch's pooling and oneDNN divide images among them.
     blocks = min(-(-math.prod(shape) * input.itemsize // BLOCK_BYTES), images // torch.get_num_threads())
-    if blocks <= 1 or backend.takes_triton(NAME, input):
-        return forward(input, weight, bias, conv, norm, window, False)[0]
+    if blocks <= 1 or triton:
+        return forward(input, weight, bias, conv, norm, window, False, triton=triton)[0]
     output = torch.empty(
-        lrn_max_pool.pooled_shape(shape, *window),
+        pooled_shape(shape, window),
         dtype=input.dtype,
         device=input.device,
-        memory_format=conv_relu.output_format(input, weight),
+        memory_format=output_format(input, weight),
     )
     step = -(-images // blocks)
     for part, pooled in zip(input.split(step), output.split(step), strict=True):
-        pooled.copy_(forward(part, weight, bias, conv, norm, window, False)[0])
+        pooled.copy_(forward(part, weight, bias, conv, norm, window, False, triton=triton)[0])
     return output
+
+
+def split(geometry: list[int]) -> tuple[Conv, list[int]]:
+    """The convolution and the pooling window of a stage, which its schema carries in one list."""
+    return Conv.of(geometry), geometry[7:]
 
 
 @operator("fastalex::conv2d_relu_pool")
 def conv2d_relu_pool(
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
-    groups: int,
-    lrn_size: int,
-    alpha: float,
-    beta: float,
-    k: float,
-    lrn_groups: int,
-    kernel_size: list[int],
-    pool_stride: list[int],
-    codes: bool,
+    input: Tensor, weight: Tensor, bias: Tensor | None, geometry: list[int], norm: list[float], codes: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """-> pooled, and what a backward needs, empty without `codes`: the activation (with LRN only) and window codes."""
+    """-> pooled, and what a backward needs, empty without `codes`: the activation (with LRN only) and window codes.
+
+    geometry: of the convolution, then kernel size and stride of the pooling.
+    """
     with device_of(input):
-        conv, norm = (stride, padding, dilation, groups), (lrn_size, alpha, beta, k, lrn_groups)
-        window = (kernel_size, pool_stride)
+        triton = backend.takes_triton(NAME, input)
+        conv, window = split(geometry)
         if codes:
-            output, activation, found = forward(input, weight, bias, conv, norm, window, codes)
-            return output, activation if lrn_size else input.new_empty(0), found  # type: ignore[return-value]
-        output = inference(input, weight, bias, conv, norm, window)
+            output, activation, found = forward(input, weight, bias, conv, norm, window, codes, triton=triton)
+            return output, activation if norm else input.new_empty(0), found  # type: ignore[return-value]
+        output = inference(input, weight, bias, conv, norm, window, triton=triton)
         return output, input.new_empty(0), input.new_empty(0, dtype=torch.int8)
 
 
 @conv2d_relu_pool.register_fake
 def _(
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
-    groups: int,
-    lrn_size: int,
-    alpha: float,
-    beta: float,
-    k: float,
-    lrn_groups: int,
-    kernel_size: list[int],
-    pool_stride: list[int],
-    codes: bool,
+    input: Tensor, weight: Tensor, bias: Tensor | None, geometry: list[int], norm: list[float], codes: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
+    conv, window = split(geometry)
     activation = torch.empty(
-        conv_relu.output_shape(input, weight, stride, padding, dilation),
+        conv.output_shape(input, weight),
         dtype=input.dtype,
         device=input.device,
-        memory_format=conv_relu.output_format(input, weight),
+        memory_format=output_format(input, weight),
     )
-    shape = lrn_max_pool.pooled_shape(activation.shape, kernel_size, pool_stride)
+    shape = pooled_shape(activation.shape, window)
     found = empty(activation, shape, torch.int8) if codes else input.new_empty(0, dtype=torch.int8)
-    return empty(activation, shape), activation if lrn_size and codes else input.new_empty(0), found
+    return empty(activation, shape), activation if norm and codes else input.new_empty(0), found
 
 
 @operator("fastalex::conv2d_relu_pool_backward")
@@ -139,54 +125,31 @@ def conv2d_relu_pool_backward(
     activation: Tensor,
     input: Tensor,
     weight: Tensor,
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
-    groups: int,
-    lrn_size: int,
-    alpha: float,
-    beta: float,
-    k: float,
-    lrn_groups: int,
-    kernel_size: list[int],
-    pool_stride: list[int],
+    geometry: list[int],
+    norm: list[float],
     needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of (input, weight, bias), empty where `needs` says no."""
     with device_of(input):
+        triton = backend.takes_triton(NAME, input)
+        conv, window = split(geometry)
         # On a CPU the convolution's own backward sums the bias gradient.
-        bias = needs[2] and backend.takes_triton(NAME, input)
+        bias = needs[2] and triton
         bias_grad = None
-        if lrn_size:
+        if norm:
             before_relu, bias_grad = lrn_max_pool.backward(
-                grad,
-                codes,
-                activation,
-                lrn_size,
-                alpha,
-                beta,
-                k,
-                lrn_groups,
-                kernel_size,
-                pool_stride,
-                True,
-                bias,
+                grad, codes, activation, Norm.of(norm), window, True, triton=triton, bias=bias
             )
         else:
-            before_relu = implementation("max_pool", NAME, input).max_pool_bwd(
-                grad,
-                codes,
-                tuple(conv_relu.output_shape(input, weight, stride, padding, dilation)[2:]),
-                tuple(kernel_size),
-                tuple(pool_stride),
-                (0, 0),
-                (1, 1),
-                bias_partials=bias,
-            )
+            _, _, height, width = conv.output_shape(input, weight)
+            where = (height, width), *windows(window)
             if bias:
-                before_relu, partials = before_relu
-                bias_grad = implementation("relu_bias_grad", NAME, input).sum_partials(partials)
-        return conv_relu.gradients(before_relu, bias_grad, input, weight, stride, padding, dilation, groups, needs)
+                before_relu, partials = gpu.max_pool.max_pool_bwd(grad, codes, *where, bias_partials=True)
+                bias_grad = gpu.partial_sums.sum_partials(partials)
+            else:
+                unpool = gpu.max_pool.max_pool_bwd if triton else max_pool.max_pool_bwd
+                before_relu = unpool(grad, codes, *where)
+        return conv_relu.gradients(before_relu, bias_grad, input, weight, conv, needs, triton=triton)
 
 
 @conv2d_relu_pool_backward.register_fake
@@ -196,26 +159,16 @@ def _(
     activation: Tensor,
     input: Tensor,
     weight: Tensor,
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
-    groups: int,
-    lrn_size: int,
-    alpha: float,
-    beta: float,
-    k: float,
-    lrn_groups: int,
-    kernel_size: list[int],
-    pool_stride: list[int],
+    geometry: list[int],
+    norm: list[float],
     needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
     return conv_relu.fake_gradients(input, weight, needs)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    input, weight, bias, *parameters = inputs
+    input, weight, bias, *ctx.parameters, _ = inputs
     _, activation, codes = output
-    ctx.parameters = parameters[:-1]
     ctx.has_bias = bias is not None
     ctx.save_for_backward(codes, activation, input, weight)
     ctx.mark_non_differentiable(activation, codes)
@@ -224,7 +177,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 def _backward(ctx: Any, grad: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
     needs = [ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.has_bias and ctx.needs_input_grad[2]]
     grads = call(conv2d_relu_pool_backward, grad, *ctx.saved_tensors, *ctx.parameters, needs)
-    return (*(g if need else None for g, need in zip(grads, needs, strict=True)), *[None] * 12)
+    return (*(g if need else None for g, need in zip(grads, needs, strict=True)), None, None, None)
 
 
 differentiable(conv2d_relu_pool, _setup_context, _backward)

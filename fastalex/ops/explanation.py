@@ -10,9 +10,11 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastalex import backend, dispatch
-from fastalex.ops.conv_candidates import CONV2D_INPUT_GRAD, CONV2D_RELU, CONV2D_WEIGHT_GRAD, output_format, output_size
-from fastalex.ops.linear import LINEAR_RELU
+from fastalex import backend
+from fastalex.gpu import dispatch
+from fastalex.gpu.convolution import CONV2D_INPUT_GRAD, CONV2D_RELU, CONV2D_WEIGHT_GRAD, output_format
+from fastalex.gpu.linear import LINEAR_RELU
+from fastalex.ops.geometry import Conv
 
 
 class _Recorder(TorchDispatchMode):
@@ -46,16 +48,16 @@ def dispatched(name: str, args: tuple[Any, ...], *, training: bool = True) -> Ca
     The input gradient only where the input needs one; the tensors stay fake or real, as they are in `args`.
     """
     if name in ("conv2d_relu", "conv2d_relu_pool"):
-        input, weight, bias, stride, padding, dilation, groups = args[:7]
-        geometry = (stride, padding, dilation, groups)
-        found: Calls = [(CONV2D_RELU, (input, weight, bias, *geometry))]
+        input, weight, bias, flat = args[:4]
+        conv = Conv.of(flat)
+        found: Calls = [(CONV2D_RELU, (input, weight, bias, *conv))]
         if not training:
             return found
         grad = torch.empty(
-            (input.shape[0], weight.shape[0], *output_size(input, weight, stride, padding, dilation)),
+            conv.output_shape(input, weight),
             dtype=input.dtype, device=input.device, memory_format=output_format(input, weight),
         )  # fmt: skip
-        backward = (grad, input, weight, *geometry)
+        backward = (grad, input, weight, *conv)
         return [*found, (CONV2D_WEIGHT_GRAD, backward), (CONV2D_INPUT_GRAD, backward)]
     if name == "linear_relu_dropout" and args[3] == 0:
         return [(LINEAR_RELU, (args[0].reshape(-1, args[0].shape[-1]), *args[1:3]))]

@@ -8,14 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastalex.ops.common import (
-    call,
-    device_of,
-    differentiable,
-    implementation,
-    operator,
-    refuse_double_backward,
-)
+from fastalex import backend, gpu
+from fastalex.cpu import lpips
+from fastalex.ops.common import call, device_of, differentiable, operator, refuse_double_backward
 
 NAME = "feature_distance"
 
@@ -35,7 +30,8 @@ def images_last(shape: Sequence[int], like: Tensor, dtype: torch.dtype | None = 
 def feature_distance(a: Tensor, b: Tensor, weight: Tensor | None, spatial: bool) -> Tensor:
     """(N, C, H, W) each, b's batch N or 1 -> (N,), or with `spatial` (N, H, W); float32, or float64 for float64."""
     with device_of(a):
-        out = implementation("lpips", NAME, a).lpips_fwd([(a, b, weight)], [a.shape], spatial)
+        forward = gpu.lpips.lpips_fwd if backend.takes_triton(NAME, a) else lpips.lpips_fwd
+        out = forward([(a, b, weight)], [a.shape], spatial)
         return out.view(a.shape[0], *a.shape[2:]) if spatial else out.view(a.shape[0])
 
 
@@ -54,7 +50,7 @@ def feature_distance_backward(
     That of the weight, which only training LPIPS itself needs, is not fused.
     """
     with device_of(a):
-        backward = implementation("lpips", NAME, a).lpips_bwd
+        backward = gpu.lpips.lpips_bwd if backend.takes_triton(NAME, a) else lpips.lpips_bwd
         incoming = grad.reshape(a.shape[0], -1)
         da = backward(incoming, a, b, weight, spatial=spatial) if needs[0] else a.new_empty(0)
         db = backward(incoming, b.expand(a.shape), a, weight, spatial=spatial) if needs[1] else a.new_empty(0)

@@ -9,30 +9,33 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import register_flop_formula
 
-from fastalex.reference import convolved_size
+from fastalex.kernels.geometry import output_size
+from fastalex.ops.geometry import Conv
 
 OPS = torch.ops.fastalex
 Shape = Sequence[int]
 
 
-def convolution(input: Shape, weight: Shape, stride: Shape, padding: Shape, dilation: Shape) -> int:
-    sizes = zip(input[2:], weight[2:], stride, padding, dilation, strict=True)
-    return 2 * input[0] * math.prod(convolved_size(*size) for size in sizes) * math.prod(weight)
+def convolution(input: Shape, weight: Shape, geometry: Sequence[int]) -> int:
+    conv = Conv.of(geometry)
+    out = output_size(input[2:], weight[2:], conv.stride, conv.padding, conv.dilation)
+    return 2 * input[0] * math.prod(out) * math.prod(weight)
 
 
 @register_flop_formula([OPS.conv2d_relu, OPS.conv2d_relu_pool])
-def _(input: Shape, weight: Shape, bias: Shape | None, *geometry: Any, **_: Any) -> int:
-    return convolution(input, weight, *geometry[:3])
+def _(input: Shape, weight: Shape, bias: Shape | None, geometry: list[int], *rest: Any, **_: Any) -> int:
+    return convolution(input, weight, geometry)
 
 
 @register_flop_formula(OPS.conv2d_relu_backward)
-def _(grad: Shape, input: Shape, weight: Shape, output: Shape, *geometry: Any, **_: Any) -> int:
-    return sum(geometry[-1][:2]) * convolution(input, weight, *geometry[:3])
+def _(grad: Shape, input: Shape, weight: Shape, output: Shape, geometry: list[int], needs: list[bool], **_: Any) -> int:
+    return sum(needs[:2]) * convolution(input, weight, geometry)
 
 
 @register_flop_formula(OPS.conv2d_relu_pool_backward)
-def _(grad: Shape, codes: Shape, activation: Shape, input: Shape, weight: Shape, *geometry: Any, **_: Any) -> int:
-    return sum(geometry[-1][:2]) * convolution(input, weight, *geometry[:3])
+def _(grad: Shape, codes: Shape, activation: Shape, input: Shape, weight: Shape, *rest: Any, **_: Any) -> int:
+    geometry, _norm, needs = rest
+    return sum(needs[:2]) * convolution(input, weight, geometry)
 
 
 @register_flop_formula(OPS.linear_relu_dropout)

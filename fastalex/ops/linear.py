@@ -13,45 +13,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastalex import backend, dispatch
-from fastalex.cpu.linear import narrowed, weight_grad
-from fastalex.ops.common import call, device_of, differentiable, implementation, operator, refuse_double_backward
+from fastalex import backend, gpu
+from fastalex.cpu.linear import linear_relu_fwd, narrowed, weight_grad
+from fastalex.gpu import dispatch
+from fastalex.gpu.linear import LINEAR_RELU
+from fastalex.ops.common import call, device_of, differentiable, operator, refuse_double_backward
 
 NAME = "linear_relu_dropout"
-
-
-def linear_bias_relu(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """The library's product, then bias and ReLU in one pass over it, in place."""
-    from fastalex.kernels.bias_relu import bias_relu_
-
-    return bias_relu_(F.linear(rows, weight), bias)
-
-
-def linear_epilogue(rows: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """Bias and ReLU in the epilogue of cublasLt's product.  It has no derivative of its own; ours needs none."""
-    return torch._addmm_activation(bias, rows, weight.t())  # type: ignore[attr-defined]
-
-
-def no_epilogue(rows: Tensor, weight: Tensor, bias: Tensor | None) -> str | None:
-    if not rows.is_cuda or not hasattr(torch, "_addmm_activation"):
-        return "needs a GPU and a PyTorch with _addmm_activation"
-    return "needs a bias" if bias is None else None
-
-
-# Dropout needs a pass of its own, which then does bias and ReLU as well: there is nothing to choose.
-LINEAR_RELU = dispatch.register(
-    dispatch.Operation(
-        "linear_relu",
-        {
-            "library": dispatch.Candidate("library", linear_bias_relu, lambda *args: None),
-            "cublaslt_epilogue": dispatch.Candidate("cublaslt_epilogue", linear_epilogue, no_epilogue),
-        },
-        # the epilogue is 2 us faster per layer on an H100; whether it keeps a NaN, `tune` must see first
-        lambda *args: ["library"],
-        lambda rows, weight, bias: f"{weight.shape[1]} -> {weight.shape[0]}",
-        "library",
-    )
-)
 
 
 def as_rows(tensor: Tensor) -> Tensor:
@@ -66,12 +34,11 @@ def linear_relu_dropout(input: Tensor, weight: Tensor, bias: Tensor | None, p: f
         rows = as_rows(input)
         if backend.takes_triton(NAME, input):
             if p > 0:
-                bias_relu_ = implementation("bias_relu", NAME, input).bias_relu_
-                output = bias_relu_(F.linear(rows, weight), bias, p=p, seed=seed)
+                output = gpu.bias_relu.bias_relu_(F.linear(rows, weight), bias, p=p, seed=seed)
             else:
                 output = dispatch.choose(LINEAR_RELU, rows, weight, bias).candidate.run(rows, weight, bias)
         else:
-            output = implementation("linear", NAME, input).linear_relu_fwd(rows, weight, bias)
+            output = linear_relu_fwd(rows, weight, bias)
             if p > 0:
                 generator = torch.Generator().manual_seed(int(seed))  # type: ignore[arg-type]
                 output.mul_(torch.empty_like(output).bernoulli_(1 - p, generator=generator).div_(1 - p))
@@ -95,8 +62,9 @@ def linear_relu_dropout_backward(
         rows = as_rows(input)
         bias_grad = None
         if backend.takes_triton(NAME, input):
-            kernels = implementation("relu_bias_grad", NAME, input)
-            before_relu, bias_grad = kernels.relu_bias_grad(grad_rows, output_rows, bias=needs[2], scale=scale)
+            before_relu, bias_grad = gpu.relu_bias_grad.relu_bias_grad(
+                grad_rows, output_rows, bias=needs[2], scale=scale
+            )
         else:
             before_relu = torch.ops.aten.threshold_backward(grad_rows, output_rows, 0)
             if p > 0:

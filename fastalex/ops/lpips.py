@@ -15,18 +15,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastalex import backend, dispatch
+from fastalex import backend, gpu
+from fastalex.cpu import lpips as cpu_lpips
+from fastalex.cpu import max_pool
+from fastalex.gpu import convolution
 from fastalex.ops import conv_relu
-from fastalex.ops.common import (
-    call,
-    device_of,
-    differentiable,
-    implementation,
-    operator,
-    refuse_double_backward,
-)
-from fastalex.ops.conv_candidates import CONV2D_INPUT_GRAD, library_gradient
+from fastalex.ops.common import call, device_of, differentiable, operator, refuse_double_backward
 from fastalex.ops.feature_distance import distance_dtype, images_last
+from fastalex.ops.geometry import Conv as Geometry
 from fastalex.ops.trunks import TRUNKS, Conv, Fire, Pool
 
 NAME = "lpips"
@@ -54,44 +50,59 @@ class Kept:
         return kept
 
 
-def conv(x: Tensor, weight_and_bias: Sequence[Tensor], stride: int = 1, padding: int = 0) -> Tensor:
+def kernels_for(triton: bool) -> Any:
+    """The module of the distances: the Triton kernels, or the CPU's code."""
+    return gpu.lpips if triton else cpu_lpips
+
+
+def square(stride: int, padding: int) -> Geometry:
+    return Geometry((stride, stride), (padding, padding), (1, 1), 1)
+
+
+def conv(x: Tensor, weight_and_bias: Sequence[Tensor], stride: int = 1, padding: int = 0, *, triton: bool) -> Tensor:
     weight, bias = weight_and_bias
-    return conv_relu.forward(x, weight, bias, [stride] * 2, [padding] * 2, [1, 1], 1)
+    return conv_relu.forward(x, weight, bias, square(stride, padding), triton=triton)
 
 
-def conv_grad(grad: Tensor, weight: Tensor, size: Sequence[int], stride: int = 1, padding: int = 0) -> Tensor:
+def conv_grad(
+    grad: Tensor, weight: Tensor, size: Sequence[int], stride: int = 1, padding: int = 0, *, triton: bool
+) -> Tensor:
     """The gradient of a convolution's input of this height and width; its values are not needed."""
     input = grad.new_empty(1).expand(grad.shape[0], weight.shape[1], *size)
     grad = grad.contiguous(memory_format=torch.channels_last)
-    args = (grad, input, weight, [stride] * 2, [padding] * 2, [1, 1], 1)
-    if backend.takes_triton(NAME, grad):
-        out = dispatch.choose(CONV2D_INPUT_GRAD, *args).candidate.run(*args)
+    geometry = square(stride, padding)
+    if triton:
+        out = convolution.gradients(grad, input, weight, *geometry, needs=(True, False))[0]
+        assert out is not None
     else:
-        out = library_gradient(*args, of_input=True)
+        out = convolution.library_gradient(grad, input, weight, *geometry, of_input=True)
     return out.contiguous(memory_format=torch.channels_last)
 
 
-def features_of(x: Tensor, parameters: Sequence[Tensor], net: str, kept: Kept | None, rows: slice) -> Iterator[Tensor]:
+def features_of(
+    x: Tensor, parameters: Sequence[Tensor], net: str, kept: Kept | None, rows: slice, *, triton: bool
+) -> Iterator[Tensor]:
     """The features one after the other; what the backward pass of the images `rows` needs goes into `kept`."""
     at = 0
     for layer in TRUNKS[net].layers:
         own = parameters[at : at + layer.parameters]
         at += layer.parameters
         if isinstance(layer, Pool):
-            x, codes = implementation("max_pool", "max_pool2d", x).max_pool_fwd(
+            pool = gpu.max_pool.max_pool_fwd if triton else max_pool.max_pool_fwd
+            x, codes = pool(
                 x, (layer.kernel,) * 2, (layer.stride,) * 2, (0, 0), (1, 1), layer.ceil,
                 codes=kept is not None, after_relu=True,
             )  # fmt: skip
-            if kept is not None:
+            if kept is not None and codes is not None:
                 kept.codes.append(codes)
             continue
         if isinstance(layer, Conv):
-            x = conv(x, own, layer.stride, layer.padding)
+            x = conv(x, own, layer.stride, layer.padding, triton=triton)
         else:
-            x = conv(x, own[:2])
+            x = conv(x, own[:2], triton=triton)
             if kept is not None:
                 kept.dead.append(x[rows] <= 0)
-            x = torch.cat([conv(x, own[2:4]), conv(x, own[4:], 1, 1)], 1)
+            x = torch.cat([conv(x, own[2:4], triton=triton), conv(x, own[4:], 1, 1, triton=triton)], 1)
         if layer.tap:
             if kept is not None:
                 kept.features.append(x)
@@ -142,7 +153,8 @@ def distances(
     spatial: bool,
     needs: Sequence[bool],
 ) -> tuple[Tensor, list[Tensor]]:
-    kernels = implementation(NAME, NAME, image)
+    triton = backend.takes_triton(NAME, image)
+    kernels = kernels_for(triton)
     images = image.shape[0]
     others = 0 if other is None else other.shape[0]
     x = images_last((images + others, *image.shape[1:]), parameters[0])
@@ -152,7 +164,7 @@ def distances(
     kept = Kept() if any(needs) else None
 
     def pairs() -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
-        maps = features_of(x, parameters, net, kept, selected(needs, images, others))
+        maps = features_of(x, parameters, net, kept, selected(needs, images, others), triton=triton)
         for layer, found in enumerate(maps):
             weight = weights[layer] if weights else None
             yield found[:images], features[layer] if other is None else found[images:], weight
@@ -235,7 +247,8 @@ def lpips_backward(
         images = grad.shape[0]
         others = found.features[0].shape[0] - images
         rows = selected(needs, images, others)
-        kernels = implementation(NAME, NAME, kept[0])
+        triton = backend.takes_triton(NAME, grad)
+        kernels = kernels_for(triton)
         columns = [0]
         for h, w in trunk.feature_sizes(size):
             columns.append(columns[-1] + (h * w if spatial else 1))
@@ -273,14 +286,14 @@ def lpips_backward(
                 above = above.masked_fill_(found.dead[dead], 0)  # type: ignore[union-attr]
             assert above is not None
             if isinstance(layer, Conv):
-                above = conv_grad(above, parameters[at], before, layer.stride, layer.padding)
+                above = conv_grad(above, parameters[at], before, layer.stride, layer.padding, triton=triton)
             else:
                 dead -= 1
                 one, three = above[:, : layer.expand], above[:, layer.expand :]
-                above = conv_grad(one, parameters[at + 2], before)
-                above += conv_grad(three, parameters[at + 4], before, 1, 1)
+                above = conv_grad(one, parameters[at + 2], before, triton=triton)
+                above += conv_grad(three, parameters[at + 4], before, 1, 1, triton=triton)
                 above.masked_fill_(found.dead[dead], 0)
-                above = conv_grad(above, parameters[at], before)
+                above = conv_grad(above, parameters[at], before, triton=triton)
         out = []
         for need, part in zip(needs, (slice(0, images), slice(images if needs[0] else 0, None)), strict=True):
             if need:
@@ -348,8 +361,9 @@ def lpips_features(
     """Images (N, 3, H, W) -> the features that `lpips` compares, channels_last.  No gradient."""
     with device_of(image):
         x = images_last(image.shape, parameters[0])
-        implementation(NAME, NAME, image).lpips_images(image, shift, scale, normalize, x)
-        return list(features_of(x, parameters, net, None, slice(0)))
+        triton = backend.takes_triton(NAME, image)
+        kernels_for(triton).lpips_images(image, shift, scale, normalize, x)
+        return list(features_of(x, parameters, net, None, slice(0), triton=triton))
 
 
 @lpips_features.register_fake

@@ -2,69 +2,42 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastalex import backend
-from fastalex.ops.common import (
-    call,
-    device_of,
-    differentiable,
-    empty,
-    implementation,
-    operator,
-    refuse_double_backward,
-)
-from fastalex.reference import pooled_size
+from fastalex import backend, gpu
+from fastalex.cpu import lrn, lrn_max_pool, max_pool
+from fastalex.ops.common import call, device_of, differentiable, empty, operator, refuse_double_backward
+from fastalex.ops.geometry import Norm, pooled_shape, windows
 
 NAME = "lrn_max_pool2d"
 
 
 def forward(
-    input: Tensor,
-    size: int,
-    alpha: float,
-    beta: float,
-    k: float,
-    groups: int,
-    kernel_size: list[int],
-    stride: list[int],
-    after_relu: bool,
-    codes: bool,
+    input: Tensor, norm: Norm, window: list[int], after_relu: bool, codes: bool, *, triton: bool
 ) -> tuple[Tensor, Tensor | None]:
     """The fused kernel where it exists for these windows, else the two kernels one after the other."""
-    module = implementation("lrn_max_pool", NAME, input)
-    if module.unsupported(input, size, groups, tuple(kernel_size), tuple(stride)) is None:
-        return module.lrn_max_pool_fwd(input, size, alpha, beta, k, groups=groups, after_relu=after_relu, codes=codes)
-    normalised = implementation("lrn", NAME, input).lrn_fwd(input, size, alpha, beta, k, groups)
-    pool = implementation("max_pool", NAME, input)
-    return pool.max_pool_fwd(
-        normalised,
-        tuple(kernel_size),
-        tuple(stride),
-        (0, 0),
-        (1, 1),
-        False,
-        codes=codes,
-        after_relu=after_relu,
-    )
+    room = gpu.lrn_max_pool if triton else lrn_max_pool
+    kernel_size, stride, *_ = windows(window)
+    if room.unsupported(input, norm.size, norm.groups, kernel_size, stride) is None:
+        fused = gpu.lrn_max_pool.lrn_max_pool_fwd if triton else lrn_max_pool.lrn_max_pool_fwd
+        return fused(input, *norm[:4], groups=norm.groups, after_relu=after_relu, codes=codes)
+    normalised = (gpu.lrn.lrn_fwd if triton else lrn.lrn_fwd)(input, *norm)
+    pool = gpu.max_pool.max_pool_fwd if triton else max_pool.max_pool_fwd
+    return pool(normalised, *windows(window), False, after_relu=after_relu, codes=codes)
 
 
 def backward(
     grad: Tensor,
     codes: Tensor,
     input: Tensor,
-    size: int,
-    alpha: float,
-    beta: float,
-    k: float,
-    groups: int,
-    kernel_size: list[int],
-    stride: list[int],
+    norm: Norm,
+    window: list[int],
     after_relu: bool,
+    *,
+    triton: bool,
     bias: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """The gradient of `forward`'s input and, with `bias`, its sum over all but the channels (float32).
@@ -72,119 +45,72 @@ def backward(
     After a ReLU it is that before it.  The codes see to that, except beside NaN: Triton's fused kernel then has NaN
     where the ReLU was 0, the others have 0 as torch.
     """
-    partials = None
-    module = implementation("lrn_max_pool", NAME, input)
-    mask: dict[str, bool] = {} if backend.takes_triton(NAME, input) else {"after_relu": after_relu}
-    if module.unsupported(input, size, groups, tuple(kernel_size), tuple(stride)) is None:
-        grad_input = module.lrn_max_pool_bwd(
-            grad, codes, input, size, alpha, beta, k, groups=groups, bias_partials=bias, **mask
-        )
-        if bias:
-            grad_input, partials = grad_input
+    room = gpu.lrn_max_pool if triton else lrn_max_pool
+    kernel_size, stride, *_ = windows(window)
+    grad_input: Any
+    if room.unsupported(input, norm.size, norm.groups, kernel_size, stride) is None:
+        if not triton:
+            grad_input = lrn_max_pool.lrn_max_pool_bwd(
+                grad, codes, input, *norm[:4], groups=norm.groups, after_relu=after_relu
+            )
+        elif not bias:
+            grad_input = gpu.lrn_max_pool.lrn_max_pool_bwd(grad, codes, input, *norm[:4], groups=norm.groups)
+        else:
+            grad_input, partials = gpu.lrn_max_pool.lrn_max_pool_bwd(
+                grad, codes, input, *norm[:4], groups=norm.groups, bias_partials=True
+            )
+            return grad_input, gpu.partial_sums.sum_partials(partials)
     else:
-        grad_normalised = implementation("max_pool", NAME, input).max_pool_bwd(
-            grad, codes, tuple(input.shape[2:]), tuple(kernel_size), tuple(stride), (0, 0), (1, 1)
-        )
-        grad_input = implementation("lrn", NAME, input).lrn_bwd(grad_normalised, input, size, alpha, beta, k, groups)
+        size = input.shape[2], input.shape[3]
+        unpool = gpu.max_pool.max_pool_bwd if triton else max_pool.max_pool_bwd
+        grad_normalised = unpool(grad, codes, size, *windows(window))
+        grad_input = (gpu.lrn.lrn_bwd if triton else lrn.lrn_bwd)(grad_normalised, input, *norm)
         if after_relu:
             grad_input = torch.ops.aten.threshold_backward(grad_input, input, 0)
-        if bias:
-            partials = grad_input.float().sum((2, 3))
-    if partials is None:
-        return grad_input, None
-    return grad_input, implementation("relu_bias_grad", NAME, input).sum_partials(partials)
-
-
-def pooled_shape(shape: Sequence[int], kernel_size: list[int], stride: list[int]) -> tuple[int, ...]:
-    return (
-        *shape[:2],
-        pooled_size(shape[2], kernel_size[0], stride[0], 0, 1, False),
-        pooled_size(shape[3], kernel_size[1], stride[1], 0, 1, False),
-    )
+    return grad_input, grad_input.sum((0, 2, 3), dtype=torch.float32) if bias else None
 
 
 @operator("fastalex::lrn_max_pool2d")
 def lrn_max_pool2d(
-    input: Tensor,
-    size: int,
-    alpha: float,
-    beta: float,
-    k: float,
-    groups: int,
-    kernel_size: list[int],
-    stride: list[int],
-    after_relu: bool,
-    codes: bool,
+    input: Tensor, norm: list[float], window: list[int], after_relu: bool, codes: bool
 ) -> tuple[Tensor, Tensor]:
     """(N, C, H, W) -> pooled (N, C, OH, OW) and the int8 window codes, empty unless asked for."""
     with device_of(input):
-        output, found = forward(input, size, alpha, beta, k, groups, kernel_size, stride, after_relu, codes)
+        triton = backend.takes_triton(NAME, input)
+        output, found = forward(input, Norm.of(norm), window, after_relu, codes, triton=triton)
     return output, input.new_empty(0, dtype=torch.int8) if found is None else found
 
 
 @lrn_max_pool2d.register_fake
-def _(
-    input: Tensor,
-    size: int,
-    alpha: float,
-    beta: float,
-    k: float,
-    groups: int,
-    kernel_size: list[int],
-    stride: list[int],
-    after_relu: bool,
-    codes: bool,
-) -> tuple[Tensor, Tensor]:
-    shape = pooled_shape(input.shape, kernel_size, stride)
+def _(input: Tensor, norm: list[float], window: list[int], after_relu: bool, codes: bool) -> tuple[Tensor, Tensor]:
+    shape = pooled_shape(input.shape, window)
     found = empty(input, shape, torch.int8) if codes else input.new_empty(0, dtype=torch.int8)
     return empty(input, shape), found
 
 
 @operator("fastalex::lrn_max_pool2d_backward")
 def lrn_max_pool2d_backward(
-    grad: Tensor,
-    codes: Tensor,
-    input: Tensor,
-    size: int,
-    alpha: float,
-    beta: float,
-    k: float,
-    groups: int,
-    kernel_size: list[int],
-    stride: list[int],
-    after_relu: bool,
+    grad: Tensor, codes: Tensor, input: Tensor, norm: list[float], window: list[int], after_relu: bool
 ) -> Tensor:
     with device_of(input):
-        return backward(grad, codes, input, size, alpha, beta, k, groups, kernel_size, stride, after_relu)[0]
+        triton = backend.takes_triton(NAME, input)
+        return backward(grad, codes, input, Norm.of(norm), window, after_relu, triton=triton)[0]
 
 
 @lrn_max_pool2d_backward.register_fake
-def _(
-    grad: Tensor,
-    codes: Tensor,
-    input: Tensor,
-    size: int,
-    alpha: float,
-    beta: float,
-    k: float,
-    groups: int,
-    kernel_size: list[int],
-    stride: list[int],
-    after_relu: bool,
-) -> Tensor:
+def _(grad: Tensor, codes: Tensor, input: Tensor, norm: list[float], window: list[int], after_relu: bool) -> Tensor:
     return empty(input, input.shape)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    input, *parameters = inputs
-    ctx.parameters = parameters[:8]
+    input, *ctx.parameters, _ = inputs
     ctx.save_for_backward(output[1], input)
     ctx.mark_non_differentiable(output[1])
 
 
 def _backward(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
     codes, input = ctx.saved_tensors
-    return call(lrn_max_pool2d_backward, grad, codes, input, *ctx.parameters), *[None] * 9
+    return call(lrn_max_pool2d_backward, grad, codes, input, *ctx.parameters), None, None, None, None
 
 
 differentiable(lrn_max_pool2d, _setup_context, _backward)

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from fastalex.reference import convolved_size, pooled_size
+from fastalex.kernels.geometry import output_size
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Conv:
     parameters = 2
 
     def size(self, length: int) -> int:
-        return convolved_size(length, self.kernel, self.stride, self.padding, 1)
+        return output_size((length,), (self.kernel,), (self.stride,), (self.padding,), (1,))[0]
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Pool:
     parameters = 0
 
     def size(self, length: int) -> int:
-        return pooled_size(length, self.kernel, self.stride, 0, 1, self.ceil)
+        return output_size((length,), (self.kernel,), (self.stride,), (0,), (1,), self.ceil)[0]
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,9 @@ from stand_in_cuda import StandIn
 
 from benchmarks import gpu, harness, plan, providers
 from benchmarks.harness import Case, Expected, NotApplicable, Race, WrongResult
-from fastalex import dispatch, results, timing
-from fastalex.ops.conv_candidates import CONV2D_RELU
+from fastalex import results, timing
+from fastalex.gpu import dispatch
+from fastalex.gpu.convolution import CONV2D_RELU
 
 
 @pytest.fixture

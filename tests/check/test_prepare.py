@@ -3,7 +3,7 @@
 import pytest
 
 from fastalex.check.prepare import BATCHES, entries, prepare
-from fastalex.kernels import catalog
+from fastalex.inspection import catalog
 
 CHEAP = "paper/fc6/relu_bias_grad/backward/fp16/channels_last"
 

@@ -5,7 +5,7 @@ import torch
 from tolerances import assert_matches
 
 from fastalex.cpu.max_pool import max_pool_bwd, max_pool_fwd, max_pool_indices
-from fastalex.kernels import window_code
+from fastalex.kernels import geometry
 
 WINDOWS = [  # kernel, stride, padding, dilation, ceil_mode
     ((3, 3), (2, 2), (0, 0), (1, 1), False),
@@ -20,7 +20,7 @@ LAYOUTS = [torch.channels_last, torch.contiguous_format]
 
 def code_table(kernel):
     rows, columns = kernel
-    return {window_code.code(r, c, rows, columns): (r, c) for r in range(rows) for c in range(columns)}
+    return {geometry.cell_code(r, c, rows, columns): (r, c) for r in range(rows) for c in range(columns)}
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -66,7 +66,7 @@ def test_dead_windows_receive_no_gradient(layout):
     geometry = (3, 3), (2, 2), (0, 0), (1, 1)
     y, codes = max_pool_fwd(x, *geometry, False, after_relu=True)
     assert (y == 0).any()
-    assert torch.equal(codes == window_code.dead(3, 3), y == 0)
+    assert torch.equal(codes == geometry.no_cell(3, 3), y == 0)
     grad = torch.randn_like(y)
     dx = max_pool_bwd(grad, codes, (11, 11), *geometry)
     plain = max_pool_bwd(grad, max_pool_fwd(x, *geometry, False)[1], (11, 11), *geometry)

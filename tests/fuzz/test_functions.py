@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from fastalex import backend
 from fastalex import functional as F
-from fastalex.kernels.layout import dense
+from fastalex.kernels.geometry import dense
 
 MODES = ["auto", "triton"]
 # of sums of gradients, in parts of the largest: torch itself sums halves in several steps

@@ -5,9 +5,8 @@ import json
 import pytest
 
 from fastalex import cli
-from fastalex.inspection import machine_code
+from fastalex.inspection import compiler, machine_code
 from fastalex.inspection.chips import ARCHITECTURES, CHIPS, resident_warps, times
-from fastalex.kernels import offline
 
 NAME = "caffenet/conv1/lrn/forward/fp16/channels_last"
 LAUNCH = {
@@ -21,12 +20,12 @@ MOVED = {"kernel": "lrn_fwd_kernel", "read": 2.0, "written": 2.0}
 
 
 @pytest.fixture
-def compiler(monkeypatch):
+def answers(monkeypatch):
     """Stands for the compiler: what it answers per target, for every entry."""
-    answers = {"sm_90": [LAUNCH, SUM], "sm_80": [LAUNCH, SUM], "traffic": [MOVED, {**MOVED, "kernel": SUM["kernel"]}]}
-    answers["gfx942"] = [{**LAUNCH, "instructions": None, "pipes": {}}, SUM]
-    monkeypatch.setattr(offline, "results", lambda asked: {request: answers[request[1]] for request in asked})
-    return answers
+    found = {"sm_90": [LAUNCH, SUM], "sm_80": [LAUNCH, SUM], "traffic": [MOVED, {**MOVED, "kernel": SUM["kernel"]}]}
+    found["gfx942"] = [{**LAUNCH, "instructions": None, "pipes": {}}, SUM]
+    monkeypatch.setattr(compiler, "results", lambda asked: {request: found[request[1]] for request in asked})
+    return found
 
 
 # ---- chips
@@ -43,8 +42,8 @@ def test_clocks_give_the_published_matrix_rates():
 
 
 def test_every_target_has_a_chip():
-    assert {chip.target for chip in CHIPS} == set(offline.TARGETS)
-    assert set(ARCHITECTURES) == set(offline.TARGETS) - {"gfx942"}
+    assert {chip.target for chip in CHIPS} == set(compiler.TARGETS)
+    assert set(ARCHITECTURES) == set(compiler.TARGETS) - {"gfx942"}
 
 
 @pytest.mark.parametrize(
@@ -80,7 +79,7 @@ def test_times_are_work_over_rate():
 # ---- rows and tables
 
 
-def test_rows(compiler):
+def test_rows(answers):
     (row,) = machine_code.rows([NAME], ["sm_90"])
     assert (row["layer"], row["dtype"], row["dram"], row["resident_warps"]) == ("caffenet conv1", "fp16", 4.0, 64)
     assert row["elements"] == 128 * 96 * 27 * 27
@@ -96,14 +95,14 @@ def test_rows(compiler):
     assert text.count("lrn_fwd") == 4  # code, pipes, and two chips
 
 
-def test_rows_of_a_convolution(compiler):
+def test_rows_of_a_convolution(answers):
     name = "paper/conv3/conv_relu/batch_tiled/tf32/channels_last"
     code = {
         **LAUNCH, "kernel": "conv_relu_batch_kernel", "copies": {"16": 42}, "tiles": 2, "instructions": None,
         "pipes": {}, "products": {"HGMMA.64x128x8.F32.TF32": 8}, "main_loop": [142, 16],
     }  # fmt: skip
-    compiler["sm_90"] = [code]
-    compiler["traffic"] = [MOVED]
+    answers["sm_90"] = [code]
+    answers["traffic"] = [MOVED]
     (row,) = machine_code.rows([name], ["sm_90"])
     assert (row["dtype"], row["flops"], row["elements"]) == ("tf32", 2 * 256 * 9, 256 * 384 * 13 * 13)
     assert machine_code.bound(row["modelled_us"]["H100"]) == "matrix"
@@ -118,16 +117,16 @@ def test_rows_of_a_convolution(compiler):
     assert (quantity, percent) == ("loop/product", "+5.6 %")
 
 
-def test_rows_of_amd_have_no_instructions(compiler):
+def test_rows_of_amd_have_no_instructions(answers):
     (row,) = machine_code.rows([NAME], ["gfx942"])
     assert row["resident_warps"] is None
     assert list(row["modelled_us"]["MI300X"]) == ["DRAM"]
     assert machine_code.code_table([row])[1][0][-3:] == ["-", "4.00", "-"]
 
 
-def test_an_error_is_a_row(compiler, capsys):
+def test_an_error_is_a_row(answers, capsys):
     pytest.importorskip("tyro")
-    compiler["sm_80"] = {"error": "PTX refused"}
+    answers["sm_80"] = {"error": "PTX refused"}
     with pytest.raises(SystemExit) as stopped:
         cli.main(["inspect", "--kernel", NAME, "--dtype", "fp16", "--target", "sm_80", "sm_90"])
     assert stopped.value.code == 1
@@ -136,7 +135,7 @@ def test_an_error_is_a_row(compiler, capsys):
     assert "13.5" in text
 
 
-def test_markdown_file(compiler, tmp_path):
+def test_markdown_file(answers, tmp_path):
     pytest.importorskip("tyro")
     path = tmp_path / "page.md"
     path.write_text(
@@ -155,7 +154,7 @@ def test_markdown_file(compiler, tmp_path):
     assert path.read_text() == text
 
 
-def test_files_without_markers(compiler, tmp_path, capsys):
+def test_files_without_markers(answers, tmp_path, capsys):
     pytest.importorskip("tyro")
     path = tmp_path / "page.md"
     path.write_text("no markers")
@@ -168,13 +167,13 @@ def test_files_without_markers(compiler, tmp_path, capsys):
 
 def test_chips_are_printed_without_compiling(capsys, monkeypatch):
     pytest.importorskip("tyro")
-    monkeypatch.setattr(offline, "results", None)
+    monkeypatch.setattr(compiler, "results", None)
     cli.main(["inspect", "--chips"])
     text = capsys.readouterr().out
     assert all(chip.name in text and chip.source in text for chip in CHIPS)
 
 
-def test_chart(compiler, tmp_path):
+def test_chart(answers, tmp_path):
     pytest.importorskip("tyro")
     path = tmp_path / "chart.svg"
     cli.main(["inspect", "--chart", str(path), "--kernel", NAME, "--dtype", "fp16"])
@@ -184,7 +183,7 @@ def test_chart(compiler, tmp_path):
 # ---- files and comparison
 
 
-def test_compare(compiler, tmp_path, capsys):
+def test_compare(answers, tmp_path, capsys):
     pytest.importorskip("tyro")
     path = tmp_path / "old.json"
     arguments = ["inspect", "--kernel", NAME, "--dtype", "fp16"]
@@ -195,13 +194,13 @@ def test_compare(compiler, tmp_path, capsys):
     cli.main([*arguments, "--compare", str(path)])
     assert capsys.readouterr().out == "No number changed.\n"
 
-    compiler["sm_90"] = [{**LAUNCH, "instructions": 1.05 * 13.5, "registers": 40}, SUM]
+    answers["sm_90"] = [{**LAUNCH, "instructions": 1.05 * 13.5, "registers": 40}, SUM]
     cli.main([*arguments, "--compare", str(path)])
     text = capsys.readouterr().out
     assert "registers" in text
     assert "+5.0 %" in text
 
-    compiler["sm_90"] = [{**LAUNCH, "instructions": 1.06 * 13.5, "spills": 2}, SUM]
+    answers["sm_90"] = [{**LAUNCH, "instructions": 1.06 * 13.5, "spills": 2}, SUM]
     with pytest.raises(SystemExit) as stopped:
         cli.main([*arguments, "--compare", str(path)])
     assert stopped.value.code == 1
@@ -211,7 +210,7 @@ def test_compare(compiler, tmp_path, capsys):
 
     content = json.loads(path.read_text())
     path.write_text(json.dumps({**content, "triton": "3.0"}))
-    compiler["sm_90"] = [LAUNCH, SUM]
+    answers["sm_90"] = [LAUNCH, SUM]
     cli.main([*arguments, "--compare", str(path)])
     assert "The older file is of Triton 3.0" in capsys.readouterr().out
 

@@ -32,6 +32,8 @@ def compile_one(module, kernel, types, constants, target):
     signature = {name: types.get(name, "constexpr") for name in names}
     # as at a launch: the allocator aligns tensors to 16 bytes
     attributes = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if signature[name].startswith("*")}
+    # JSON has no tuples
+    constants = {name: tuple(value) if isinstance(value, list) else value for name, value in constants.items()}
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
     gpu = GPUTarget("hip", target, 64) if isinstance(target, str) else GPUTarget("cuda", target, 32)
     built = triton.compile(source, target=gpu, options={"num_warps": 128 // gpu.warp_size})

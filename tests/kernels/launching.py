@@ -58,7 +58,7 @@ def install(folder):
 
 
 def launch(name, batch, library):
-    from fastalex.kernels import catalog
+    from fastalex.inspection import catalog
 
     before = library.rules_launches(), library.rules_descriptors()
     try:

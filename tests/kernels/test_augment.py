@@ -7,8 +7,8 @@ import triton.language as tl
 from tolerances import assert_matches
 
 from fastalex.cpu import augment as on_cpu
+from fastalex.inspection import catalog, compiler
 from fastalex.kernels import augment as module
-from fastalex.kernels import catalog, offline
 from fastalex.kernels.augment import augment
 from fastalex.kernels.registers import interpreting
 
@@ -278,12 +278,12 @@ IN_SECONDS = [("pictures", "sm_90"), ("pictures_space_to_depth", "traffic")]
     [
         pytest.param(layer, target, marks=() if (layer, target) in IN_SECONDS else pytest.mark.slow)
         for layer in DESIGN
-        for target in (*offline.TARGETS, "traffic")
+        for target in (*compiler.TARGETS, "traffic")
     ],
 )
 def test_machine_code_and_traffic(layer, target):
     name = f"paper/{layer}/augment/forward/fp16/channels_last"
-    [found] = offline.results([(name, target)])[name, target]
+    [found] = compiler.results([(name, target)])[name, target]
     if target == "traffic":
         moved = (found["read"] + found["written"]) * catalog.ENTRIES[name].image_elements
         # rows of a crop begin and end within a sector of 32 bytes

@@ -6,16 +6,13 @@ import torch.nn.functional as F
 from tolerances import assert_matches
 from triton.runtime.interpreter import InterpreterBuilder
 
-from fastalex.kernels import catalog, traffic
-from fastalex.kernels import conv_backward as module
-from fastalex.kernels.conv_backward import (
-    conv_input_grad,
-    conv_weight_grad,
-    unsupported_input_grad,
-    unsupported_weight_grad,
-)
+from fastalex.inspection import catalog, traffic
+from fastalex.kernels.convolution import config
+from fastalex.kernels.convolution.input_grad import conv_input_grad, unsupported_input_grad
+from fastalex.kernels.convolution.weight_grad import conv_weight_grad, unsupported_weight_grad
+from fastalex.kernels.partial_sums import sum_partials
 from fastalex.kernels.registers import interpreting
-from fastalex.kernels.relu_bias_grad import relu_bias_grad, sum_partials
+from fastalex.kernels.relu_bias_grad import relu_bias_grad
 
 NONE = ((0, 0), (0, 0))
 SAME = ((1, 1), (1, 1))
@@ -232,7 +229,7 @@ def test_only_products_of_taps_in_the_image(case, descriptors, monkeypatch):
 @pytest.mark.skipif(not interpreting(), reason="counts in the interpreter")
 def test_every_sector_once(monkeypatch):
     """What `traffic` says of the gradients in the catalogue."""
-    monkeypatch.setattr(module, "MIN_STEPS", 4)
+    monkeypatch.setattr(config, "WEIGHT_GRAD_STEPS", 4)
     grad, weight, x, geometry = sample("3x3", torch.float16)
     with traffic.counting() as counted:
         _, partials = conv_input_grad(grad, weight, x.shape[2:], *geometry, relu_output=x, bias_partials=True)
@@ -250,16 +247,16 @@ def test_every_sector_once(monkeypatch):
 
 def launched(monkeypatch, programs, *arguments):
     """The number of parts, and dw, with so many programs wanted."""
-    monkeypatch.setattr(module, "PROGRAMS", programs)
+    monkeypatch.setattr(config, "WEIGHT_GRAD_PROGRAMS", programs)
     with catalog.recording() as launches:
         conv_weight_grad(*arguments)
-    return launches[0].constants["SPLITS"], conv_weight_grad(*arguments)
+    return launches[0].constants["SPLIT_K"], conv_weight_grad(*arguments)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
 def test_any_number_of_parts_gives_the_sum(dtype, monkeypatch):
     """1, 2 and 5 parts of 9 steps (fp16); 5 do not divide them: the last parts are short or empty."""
-    monkeypatch.setattr(module, "MIN_STEPS", 1)
+    monkeypatch.setattr(config, "WEIGHT_GRAD_STEPS", 1)
     grad, weight, x, geometry = sample("batch", dtype)
     _, dw = truth(grad, weight, x, geometry)
     _, magnitude = truth(grad.abs(), weight.abs(), x.abs(), geometry)
@@ -272,7 +269,7 @@ def test_any_number_of_parts_gives_the_sum(dtype, monkeypatch):
 
 @pytest.mark.parametrize("descriptors", [False, True])
 def test_two_runs_are_equal_to_the_bit(descriptors, monkeypatch):
-    monkeypatch.setattr(module, "MIN_STEPS", 4)
+    monkeypatch.setattr(config, "WEIGHT_GRAD_STEPS", 4)
     grad, weight, y, geometry = masking("tails", torch.float32)
     masks = {"relu_output": y, "bias_partials": True}
     options = {"descriptors": descriptors, "precision": "tf32"}

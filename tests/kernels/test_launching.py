@@ -9,14 +9,14 @@ import sys
 import launching
 import pytest
 
-from fastalex.kernels import catalog
+from fastalex.inspection import catalog
 
 pytestmark = pytest.mark.skipif(shutil.which("gcc") is None, reason="there is no gcc to build a libcuda with")
 
 REPRESENTATIVE = {entry.name for entry in catalog.representative("fp16")}
 IN_SECONDS = {
     *(name for name in REPRESENTATIVE if not ("conv2" in name and "lrn_max_pool/forward" in name)),
-    *(f"paper/conv3/conv_relu/{form}/fp16/channels_last" for form in ("batch_tiled", "descriptors")),
+    *(f"paper/conv3/conv_relu/{algorithm}/fp16/channels_last" for algorithm in ("batch_tiled", "descriptors")),
     *(f"paper/conv3/conv_backward/{grad}_descriptors/fp16/channels_last" for grad in ("input_grad", "weight_grad")),
 }
 # One of each bucket that a measurement holds for: a convolution's tiles depend on the batch.
@@ -112,7 +112,7 @@ ILLEGAL = """
 import sys
 import launching
 launching.install(sys.argv[1])
-from fastalex.kernels import catalog
+from fastalex.inspection import catalog
 [one] = catalog.launches(catalog.ENTRIES["caffenet/conv1/lrn/forward/fp16/channels_last"])
 for grid in (one.grid, (1, 65536), (1, 1, 65536)):
     try:

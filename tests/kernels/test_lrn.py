@@ -12,7 +12,7 @@ from tolerances import assert_matches
 
 from fastalex import reference
 from fastalex.kernels import lrn
-from fastalex.kernels.layout import is_channels_last
+from fastalex.kernels.geometry import is_channels_last
 from fastalex.kernels.lrn import lrn_bwd, lrn_fwd
 from fastalex.kernels.registers import interpreting
 

@@ -12,15 +12,15 @@ import triton.language as tl
 from tolerances import UNIT_ROUNDOFF, assert_matches
 
 from fastalex import reference
+from fastalex.kernels import geometry
 from fastalex.kernels import lrn_max_pool as fused
-from fastalex.kernels import window_code
 from fastalex.kernels.lrn import lrn_fwd
 from fastalex.kernels.lrn_max_pool import BackwardConfig, ForwardConfig
 from fastalex.kernels.registers import interpreting
 
 FP16, BF16, FP32 = torch.float16, torch.bfloat16, torch.float32
-CODES = torch.tensor([[window_code.code(r, s, 3, 3) for s in range(3)] for r in range(3)], dtype=torch.int8)
-DEAD = window_code.dead(3, 3)
+CODES = torch.tensor([[geometry.cell_code(r, s, 3, 3) for s in range(3)] for r in range(3)], dtype=torch.int8)
+DEAD = geometry.no_cell(3, 3)
 # alpha far above AlexNet's 1e-4, so that a wrong window changes more than the last bit
 ALPHA, BETA, K = 0.3, 0.75, 2.0
 # The interpreter is fastest with few large programs; compiled kernels run as they ship.

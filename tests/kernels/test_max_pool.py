@@ -10,7 +10,7 @@ import torch
 from tolerances import assert_matches
 
 from fastalex import reference
-from fastalex.kernels import max_pool, registers, window_code
+from fastalex.kernels import geometry, max_pool, registers
 
 FP16, BF16, FP32 = torch.float16, torch.bfloat16, torch.float32
 NCHW, NHWC = torch.contiguous_format, torch.channels_last
@@ -79,9 +79,9 @@ def with_specials(shape, dtype, layout):
 
 
 def bytes_of(index, width, oh, ow, kernel_size, stride, padding, dilation):
-    """window_code's byte for each torch index h * width + w."""
+    """The byte for each torch index h * width + w."""
     rows, columns = kernel_size
-    table = torch.tensor([window_code.code(r, s, rows, columns) for r in range(rows) for s in range(columns)])
+    table = torch.tensor([geometry.cell_code(r, s, rows, columns) for r in range(rows) for s in range(columns)])
     top = torch.arange(oh)[:, None] * stride[0] - padding[0]
     left = torch.arange(ow) * stride[1] - padding[1]
     row = (index // width - top) // dilation[0]
@@ -232,7 +232,7 @@ def test_after_relu_kills_the_windows_of_zeros(window, layout, dtype):
     y, alive = max_pool.max_pool_fwd(x, *arguments)
     relu, codes = max_pool.max_pool_fwd(x, *arguments, after_relu=True)
     torch.testing.assert_close(relu, y, rtol=0, atol=0, equal_nan=True)
-    dead = window_code.dead(*arguments[0])
+    dead = geometry.no_cell(*arguments[0])
     assert (y == 0).any()
     assert torch.equal(codes, torch.where(y == 0, dead, alive))
 
@@ -377,7 +377,7 @@ def test_empty(batch, channels, window, layout):
     size, *arguments = WINDOWS[window]
     x = torch.zeros(batch, channels, *size, dtype=FP16).contiguous(memory_format=layout)
     y, codes = max_pool.max_pool_fwd(x, *arguments)
-    expected = reference.pooled_size(size[0], arguments[0][0], arguments[1][0], arguments[2][0], arguments[3][0], True)
+    expected = geometry.output_size(size, *arguments[:4], True)[0]
     assert y.shape == codes.shape == (batch, channels, expected, y.shape[3])
     dx, partials = max_pool.max_pool_bwd(y, codes, size, *arguments[:-1], bias_partials=True)
     assert dx.shape == x.shape
@@ -448,7 +448,7 @@ def test_forward_offsets_beyond_2_31(layout):
     x[2, :, 1, 1] = torch.arange(1, 9)
     y, codes = max_pool.max_pool_fwd(x, (2, 2), (height, width), (0, 0), (1, 1), False)
     assert y[:, :, 0, 0].tolist() == [[0] * 8, [0] * 8, list(range(1, 9))]
-    assert codes[2, :, 0, 0].tolist() == [window_code.code(1, 1, 2, 2)] * 8
+    assert codes[2, :, 0, 0].tolist() == [geometry.cell_code(1, 1, 2, 2)] * 8
 
 
 @pytest.mark.parametrize("kernel", ["3x3s2", "plane", "generic"])
@@ -467,7 +467,7 @@ def test_backward_offsets_beyond_2_31(kernel, monkeypatch):
     # code 27 names the first cell of a 3x3 window; all others are 0, which match every cell, of zero gradients
     at = (-1, -1, -1) if last else (-1, slice(None), -1, -1)
     grad[at] = 3.0
-    codes[at] = window_code.code(0, 0, 3, 3)
+    codes[at] = geometry.cell_code(0, 0, 3, 3)
 
     run, arguments, programs, lanes = {
         "3x3s2": (
@@ -582,7 +582,7 @@ def suite(module):
         check_forward(module, x, *arguments)
         check_backward(module, x, *arguments, bias_partials=True)
         y, codes = module.max_pool_fwd(x.relu(), *arguments, after_relu=True)
-        assert torch.equal(codes == window_code.dead(*arguments[0]), y == 0)
+        assert torch.equal(codes == geometry.no_cell(*arguments[0]), y == 0)
 
 
 # On a GPU, too: those that leave a tensor stay within a few KB of it, and --device has borders of 64 KB.

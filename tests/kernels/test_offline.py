@@ -10,8 +10,8 @@ import triton
 
 from fastalex import backend, cli
 from fastalex.alexnet import VARIANTS, AlexNet
-from fastalex.inspection import machine_code
-from fastalex.kernels import catalog, max_pool, offline, traffic
+from fastalex.inspection import catalog, compiler, machine_code, traffic
+from fastalex.kernels import max_pool
 from fastalex.kernels.bias_relu import bias_relu_
 from fastalex.kernels.registers import interpreting
 
@@ -92,7 +92,7 @@ DESIGN = {
 }
 CASES = [
     *((name, dtype, "sm_90") for name in DESIGN for dtype in catalog.DTYPES),
-    *((name, "fp16", target) for name in DESIGN for target in offline.TARGETS if target != "sm_90"),
+    *((name, "fp16", target) for name in DESIGN for target in compiler.TARGETS if target != "sm_90"),
 ]
 
 
@@ -118,7 +118,7 @@ def answers(request):
     for item in request.session.items:
         if item.path == request.path and hasattr(item, "callspec") and "target" in item.callspec.params:
             selected.add(tuple(item.callspec.params[key] for key in ("name", "dtype", "target")))
-    found = offline.results([request_of(*case) for case in selected])
+    found = compiler.results([request_of(*case) for case in selected])
     return {case: found[request_of(*case)] for case in selected}
 
 
@@ -199,7 +199,7 @@ ALL_CONVOLUTIONS = [
     for kind in ["tf32" if entry.precision == "tf32" else entry.dtype]
     for target in MATRIX
     # descriptors came with sm_90; sm_86 and sm_89 differ from sm_80 in their shared memory
-    if not (entry.form == "descriptors" and target in ("sm_80", "sm_86", "sm_89", "gfx942"))
+    if not (entry.algorithm == "descriptors" and target in ("sm_80", "sm_86", "sm_89", "gfx942"))
     and not (kind != "fp16" and target in ("sm_86", "sm_89", "gfx942"))
 ]
 
@@ -209,7 +209,7 @@ def check_what_every_target_needs(launches, dtype, target, spilt=0):
     matrix, kilobytes = MATRIX[target]
     for code in launches:
         assert code["spills"] <= spilt
-        # the argument of a call that `offline.is_spill` knows
+        # the argument of a call that `compiler.is_spill` knows
         called = 8 if code["tiles"] and target == "sm_120" and TRITON < (3, 7) else 0
         assert code["stack"] <= called or spilt
         assert code["shared"] <= kilobytes * 1024
@@ -232,14 +232,14 @@ def test_convolutions(name, dtype, target, answers):
     launches = answers[name, dtype, target]
     assert "error" not in launches
     entry = catalog.ENTRIES[f"{name}/{dtype}/channels_last"]
-    # conv1's three channels are masked; `space_to_depth` makes them 48 before any form sees them
+    # conv1's three channels are masked; `space_to_depth` makes them 48 before any algorithm sees them
     spilt = 8 if entry.channels == 3 and dtype == "fp32" and (TRITON < (3, 7) or target == "sm_120") else 0
     check_what_every_target_needs(launches, dtype, target, spilt)
     code = launches[0]
     assert ("TF32" in str(code["products"])) == (dtype == "tf32" and target != "sm_100")
     if target == "gfx942":
         return
-    if entry.form == "descriptors":
+    if entry.algorithm == "descriptors":
         assert code["tiles"]
         assert not code["copies"]
     elif entry.channels > 3:
@@ -248,7 +248,7 @@ def test_convolutions(name, dtype, target, answers):
         # the second tile of 96 = 64 + 32 features at a depth of 16 = 48 - 32 channels has 4 elements per thread
         narrowest = 8 if entry.channels == 48 else 16
         assert min(map(int, code["copies"])) >= narrowest
-    assert "8" in launches[-1]["stores"] or "16" in launches[-1]["stores"] or entry.form == "descriptors"
+    assert "8" in launches[-1]["stores"] or "16" in launches[-1]["stores"] or entry.algorithm == "descriptors"
     # 3.6's loops are as long or longer on sm_90 and sm_100, and shorter on sm_80
     if (name, dtype, target) in MAIN_LOOP and TRITON >= (3, 8):
         instructions, number = code["main_loop"]
@@ -287,7 +287,7 @@ ALL_GRADIENTS = [
     if entry.operation == "conv_backward"
     for kind in ["tf32" if entry.precision == "tf32" else entry.dtype]
     for target in MATRIX
-    if not (entry.form.endswith("descriptors") and target in ("sm_80", "sm_86", "sm_89", "gfx942"))
+    if not (entry.algorithm.endswith("descriptors") and target in ("sm_80", "sm_86", "sm_89", "gfx942"))
     and not (kind != "fp16" and target in ("sm_86", "sm_89", "gfx942"))
     # bf16 differs from fp16 in the type of an instruction
     and not (kind == "bf16" and target in ("sm_80", "sm_120"))
@@ -313,7 +313,7 @@ def test_gradients(name, dtype, target, answers):
     code = launches[0]
     if target == "gfx942":
         return
-    if entry.form.endswith("descriptors"):
+    if entry.algorithm.endswith("descriptors"):
         assert code["tiles"]
         assert not code["copies"]
     elif not (entry.grad == "weight_grad" and dtype == "tf32" and target in ("sm_90", "sm_100")):
@@ -404,19 +404,19 @@ LISTING = """
 
 
 def test_instructions_are_weighted_by_their_loop():
-    code = offline.instructions(LISTING)
+    code = compiler.instructions(LISTING)
     assert [opcode for _, opcode, *_ in code][:3] == ["IMAD.MOV.U32", "LDG.E.128", "BRA"]
     assert len(code) == 8
     # the move, the exit and the trap once; load and two branches three times; the rare case never
-    assert offline.issued(code, 3) == {"IMAD.MOV.U32": 1, "LDG.E.128": 3, "BRA": 3 + 3 + 1, "EXIT": 1}
-    assert offline.issued(code, None) is None
+    assert compiler.issued(code, 3) == {"IMAD.MOV.U32": 1, "LDG.E.128": 3, "BRA": 3 + 3 + 1, "EXIT": 1}
+    assert compiler.issued(code, None) is None
 
 
 def test_spills():
     """Values that come and go, and not the zero on the stack for a call."""
     lines = {"LDL.64 R2, [R1]": True, "STL [R1+0x8], R9": True, "STL.64 [R1], RZ   &rd=0x2 ?trans1": False}
-    assert {text: offline.is_spill(text.split()[0], text) for text in lines} == lines
-    assert not offline.is_spill("STG.E", "STG.E desc[UR4][R2.64], R5")
+    assert {text: compiler.is_spill(text.split()[0], text) for text in lines} == lines
+    assert not compiler.is_spill("STG.E", "STG.E desc[UR4][R2.64], R5")
 
 
 def test_pipes():
@@ -425,18 +425,18 @@ def test_pipes():
         "LOP3.LUT": "alu", "LDG.E.128": "lsu", "HGMMA.64x64x16.F32": "tensor", "UTCHMMA": "tensor", "UIADD3": "uniform",
         "BRA": "control",
     }  # fmt: skip
-    assert {opcode: offline.pipe(opcode) for opcode in opcodes} == opcodes
+    assert {opcode: compiler.pipe(opcode) for opcode in opcodes} == opcodes
 
 
 def test_the_main_loop():
-    code = offline.instructions(LISTING)
-    assert offline.main_loop(code, {"LDG.E.128"}) == (5, 1)
-    assert offline.main_loop(code, {"EXIT"}) is None
+    code = compiler.instructions(LISTING)
+    assert compiler.main_loop(code, {"LDG.E.128"}) == (5, 1)
+    assert compiler.main_loop(code, {"EXIT"}) is None
 
 
 def test_access_bytes():
     widths = {"LDG.E": 4, "LDG.E.128": 16, "LDG.E.64.CONSTANT": 8, "LDG.E.U16": 2, "STG.E.U8": 1, "LDG.E.S8": 1}
-    assert {opcode: offline.access_bytes(opcode) for opcode in widths} == widths
+    assert {opcode: compiler.access_bytes(opcode) for opcode in widths} == widths
 
 
 @pytest.mark.skipif(not interpreting(), reason="counts in the interpreter")
@@ -457,30 +457,30 @@ for line in sys.stdin:
         os._exit(3)
     print("[]", flush=True)
 """
-    monkeypatch.setattr(offline, "WORKER", worker)
+    monkeypatch.setattr(compiler, "WORKER", worker)
     requests = [(name, "sm_90") for name in ("good", "bad", "better")]
-    found = offline.results(requests, processes=1)
+    found = compiler.results(requests, processes=1)
     assert found["good", "sm_90"] == found["better", "sm_90"] == []
     assert "ended with code 3" in found["bad", "sm_90"]["error"]
 
     # what worked comes from the cache from now on
-    monkeypatch.setattr(offline, "WORKER", "raise SystemExit(4)")
-    assert offline.results(requests[:1]) == {("good", "sm_90"): []}
-    assert "code 4" in offline.results(requests[1:2])["bad", "sm_90"]["error"]
+    monkeypatch.setattr(compiler, "WORKER", "raise SystemExit(4)")
+    assert compiler.results(requests[:1]) == {("good", "sm_90"): []}
+    assert "code 4" in compiler.results(requests[1:2])["bad", "sm_90"]["error"]
 
 
 def test_results_are_kept_while_what_they_depend_on_stays():
     name = "paper/conv5/max_pool/backward/fp16/channels_last"
-    text = offline.sources(name, "sm_90")
+    text = compiler.sources(name, "sm_90")
     for part in ("def max_pool_bwd(", "def one_hot(", "def sum_partials_kernel(", "def measured_cubin(", "direction="):
         assert part in text
     assert "def lrn_max_pool_bwd(" not in text
-    assert "def lrn_max_pool_bwd(" in offline.sources("paper/conv2/lrn_max_pool/backward/fp16/channels_last", "sm_90")
+    assert "def lrn_max_pool_bwd(" in compiler.sources("paper/conv2/lrn_max_pool/backward/fp16/channels_last", "sm_90")
     assert "class Sectors" not in text
-    assert "class Sectors" in offline.sources(name, "traffic")
+    assert "class Sectors" in compiler.sources(name, "traffic")
 
 
 def test_unknown_entries_are_errors(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    found = offline.results([("paper/conv9", "sm_90")])
+    found = compiler.results([("paper/conv9", "sm_90")])
     assert "KeyError" in found["paper/conv9", "sm_90"]["error"]

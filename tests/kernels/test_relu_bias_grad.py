@@ -7,11 +7,11 @@ import triton.language as tl
 from compiling import compiled
 from tolerances import assert_matches
 
-from fastalex.kernels import catalog
 from fastalex.kernels import relu_bias_grad as module
-from fastalex.kernels.layout import is_channels_last
+from fastalex.kernels.geometry import is_channels_last
+from fastalex.kernels.partial_sums import sum_partials
 from fastalex.kernels.registers import interpreting
-from fastalex.kernels.relu_bias_grad import relu_bias_grad, sum_partials
+from fastalex.kernels.relu_bias_grad import relu_bias_grad
 
 LAYOUTS = ("channels_last", "contiguous")
 SHAPES = [(2, 96, 5, 7), (3, 100, 3, 3), (5, 3, 4, 4), (2, 1, 3, 5), (130, 64), (7, 5), (2, 24, 5), (2, 16, 2, 3, 2)]
@@ -145,19 +145,6 @@ def test_two_runs_are_equal_to_the_bit(layout):
         assert torch.equal(first, second)
 
 
-@pytest.mark.parametrize(("count", "channels"), [(1, 1), (1, 96), (300, 20), (128, 8), (1000, 3)])
-def test_sum_partials(count, channels):
-    partials = torch.randn(count, channels)
-    wide = partials.double()
-    assert_matches(sum_partials(partials), wide.sum(0), terms=count, magnitude=wide.abs().sum(0))
-    assert torch.equal(sum_partials(partials), sum_partials(partials))
-
-
-def test_sum_of_no_partials_is_zero():
-    assert torch.equal(sum_partials(torch.zeros(0, 12)), torch.zeros(12))
-    assert sum_partials(torch.zeros(3, 0)).shape == (0,)
-
-
 @pytest.mark.parametrize(
     ("grad", "y", "message"),
     [
@@ -199,26 +186,6 @@ def test_a_dropped_partial_sum_is_noticed(layout, monkeypatch):
     monkeypatch.setattr(module, "MAX_PARTIALS", 2)
     with pytest.raises(AssertionError, match="elements differ"):
         check(*sample((40, 24, 9, 9), layout=layout))
-
-
-@pytest.mark.parametrize("batch", [1, 32, 128, 1024, 4096])
-def test_sums_of_partials_are_chains_of_at_most_eight_loads(batch):
-    """In every layer of every variant: a launch adds at most eight blocks one after the other, and two levels do."""
-    found = {}
-    for entry in catalog.MODEL_ENTRIES:
-        if entry.direction == "backward":
-            launches = [one for one in catalog.launches(entry, batch) if one.name == "sum_partials_kernel"]
-            found[entry.name] = [one.argument("STEPS") for one in launches]
-    assert sum(map(len, found.values())) > 0
-    assert max(steps for chain in found.values() for steps in chain) <= module.MAX_STEPS == 8
-    assert max(map(len, found.values())) <= 2
-
-
-@pytest.mark.parametrize("rows", [1, 127, 128, 129, 1024, 1025, 20_000, 140_000])
-def test_partials_of_any_number_of_rows(rows):
-    partials = torch.randn(rows, 9)
-    wide = partials.double()
-    assert_matches(sum_partials(partials), wide.sum(0), terms=rows, magnitude=wide.abs().sum(0))
 
 
 def test_partial_sums_are_below_two_percent():

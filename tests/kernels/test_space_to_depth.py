@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from compiling import compiled
 from tolerances import assert_matches
 
-from fastalex.kernels import catalog, offline, traffic
+from fastalex.inspection import catalog, compiler, traffic
 from fastalex.kernels.registers import interpreting
 from fastalex.kernels.space_to_depth import fold_weight, space_to_depth, unfold_weight_grad
 
@@ -204,7 +204,7 @@ def test_machine_code(target):
     Per element a third of the 35 instructions that an H100 issues while it moves the element's 4 bytes.
     """
     request = "paper/conv1/space_to_depth/forward/fp16/channels_last", target
-    (code,) = offline.results([request])[request]
+    (code,) = compiler.results([request])[request]
     assert code["spills"] == code["stack"] == code["shared"] == 0
     assert (code["loads"], code["stores"]) == ({"4": 12}, {"16": 3})
     assert code["instructions"] <= 12

@@ -8,11 +8,12 @@ import torch.nn.functional as torch_functional
 from operator_checks import LAYOUTS, MODES, check_against_reference, check_citizenship, tensor
 from tolerances import assert_matches
 
-from fastalex import backend, dispatch, ops
+from fastalex import backend, ops
 from fastalex import functional as F
+from fastalex.gpu import dispatch
+from fastalex.gpu.convolution import CONV2D_INPUT_GRAD, CONV2D_RELU, CONV2D_WEIGHT_GRAD
 from fastalex.kernels.registers import interpreting
 from fastalex.ops import conv_relu_pool
-from fastalex.ops.conv_candidates import CONV2D_INPUT_GRAD, CONV2D_RELU, CONV2D_WEIGHT_GRAD
 
 GEOMETRY = {"stride": (1, 2), "padding": (1, 0), "groups": 2}
 NORM = F.ResponseNorm(5, 0.5, 0.75, 2.0)
@@ -84,13 +85,13 @@ def test_channels_last_if_either_is():
 def test_opcheck():
     for layout in LAYOUTS.values():
         x, w, b = inputs(layout=layout)
-        torch.library.opcheck(ops.conv2d_relu, (x, w, b, [1, 2], [1, 0], [1, 1], 2))
-        torch.library.opcheck(ops.conv2d_relu, (x, w, None, [1, 2], [1, 0], [1, 1], 2))
-        stage = (x, w, b, [1, 1], [1, 1], [1, 1], 2)
-        torch.library.opcheck(ops.conv2d_relu_pool, (*stage, *NORM, [3, 3], [2, 2], True))
-        torch.library.opcheck(ops.conv2d_relu_pool, (*stage, *F.ResponseNorm(0), [3, 3], [2, 2], True))
-        frozen = (x.detach(), w.detach(), b.detach(), *stage[3:])
-        torch.library.opcheck(ops.conv2d_relu_pool, (*frozen, *NORM, [3, 3], [2, 2], False))
+        torch.library.opcheck(ops.conv2d_relu, (x, w, b, [1, 2, 1, 0, 1, 1, 2]))
+        torch.library.opcheck(ops.conv2d_relu, (x, w, None, [1, 2, 1, 0, 1, 1, 2]))
+        stage = [1, 1, 1, 1, 1, 1, 2, 3, 3, 2, 2]
+        torch.library.opcheck(ops.conv2d_relu_pool, (x, w, b, stage, list(NORM), True))
+        torch.library.opcheck(ops.conv2d_relu_pool, (x, w, b, stage, [], True))
+        frozen = (x.detach(), w.detach(), b.detach())
+        torch.library.opcheck(ops.conv2d_relu_pool, (*frozen, stage, list(NORM), False))
 
 
 def test_gradcheck():
@@ -122,7 +123,9 @@ def block_of_three(monkeypatch):
     batches = []
     whole = conv_relu_pool.forward
     monkeypatch.setattr(conv_relu_pool, "BLOCK_BYTES", 3 * 16 * 9 * 11 * 4)
-    monkeypatch.setattr(conv_relu_pool, "forward", lambda x, *rest: batches.append(x.shape[0]) or whole(x, *rest))
+    monkeypatch.setattr(
+        conv_relu_pool, "forward", lambda x, *rest, **options: batches.append(x.shape[0]) or whole(x, *rest, **options)
+    )
     return batches
 
 
@@ -131,13 +134,13 @@ def block_of_three(monkeypatch):
     [(0, 1, [0]), (1, 1, [1]), (3, 1, [3]), (4, 1, [2, 2]), (7, 1, [3, 3, 1]), (7, 2, [3, 3, 1]), (7, 5, [7])],
 )
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("norm", [NORM, F.ResponseNorm(0)], ids=["lrn pool", "pool"])
+@pytest.mark.parametrize("norm", [list(NORM), []], ids=["lrn pool", "pool"])
 @pytest.mark.parametrize("window", [3, 2])  # LRN has no fused form with 2
 def test_inference_in_blocks_of_images(window, norm, layout, images, threads, blocks, block_of_three, monkeypatch):
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     x, w, b = (t.detach() for t in inputs(layout=LAYOUTS[layout]))
     x = tensor(images, *x.shape[1:], layout=LAYOUTS[layout]).detach()
-    parameters = [1, 1], [1, 1], [1, 1], 2, *norm, [window, window], [2, 2]
+    parameters = [1, 1, 1, 1, 1, 1, 2, window, window, 2, 2], norm
     y, activation, codes = ops.conv2d_relu_pool(x, w, b, *parameters, False)
     assert block_of_three == blocks
     assert activation.numel() == codes.numel() == 0

@@ -47,7 +47,7 @@ def test_citizenship(layout):
 def test_opcheck():
     for layout in LAYOUTS.values():
         x = tensor(2, 8, 3, 4, layout=layout)
-        torch.library.opcheck(ops.local_response_norm, (x, 5, 0.5, 0.75, 2.0, 2))
+        torch.library.opcheck(ops.local_response_norm, (x, [5, 0.5, 0.75, 2.0, 2]))
 
 
 @pytest.mark.parametrize("size", [1, 2, 5])

@@ -43,9 +43,9 @@ def test_opcheck():
     for layout in LAYOUTS.values():
         for codes in (True, False):
             x = tensor(2, 8, 7, 7, layout=layout).requires_grad_(codes)
-            torch.library.opcheck(ops.max_pool2d, (x, [3, 3], [2, 2], [1, 1], [1, 1], True, codes))
-    _, codes = ops.max_pool2d(x, [3, 3], [2, 2], [0, 0], [1, 1], False, True)
-    torch.library.opcheck(ops.max_pool2d_indices, (codes, [7, 7], [3, 3], [2, 2], [0, 0], [1, 1]))
+            torch.library.opcheck(ops.max_pool2d, (x, [3, 3, 2, 2, 1, 1, 1, 1], True, codes))
+    _, codes = ops.max_pool2d(x, [3, 3, 2, 2, 0, 0, 1, 1], False, True)
+    torch.library.opcheck(ops.max_pool2d_indices, (codes, [7, 7], [3, 3, 2, 2, 0, 0, 1, 1]))
 
 
 def test_gradcheck():
@@ -54,7 +54,7 @@ def test_gradcheck():
 
 
 def test_inference_keeps_no_codes():
-    _, codes = ops.max_pool2d(torch.randn(1, 8, 7, 7), [3, 3], [2, 2], [0, 0], [1, 1], False, False)
+    _, codes = ops.max_pool2d(torch.randn(1, 8, 7, 7), [3, 3, 2, 2, 0, 0, 1, 1], False, False)
     assert codes.numel() == 0
 
 

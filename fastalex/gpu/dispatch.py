@@ -6,7 +6,7 @@ has not seen, so the choice is, in this order:
 
 1. what `force` says, for tests and for looking into a problem;
 2. what `tune` has measured here for the same geometry, dtype, batch bucket, GPU architecture and versions;
-3. what was measured so for a GPU of this architecture, with whatever versions, and ships: fastalex/tables;
+3. what was measured so for a GPU of this architecture, with whatever versions, and ships: fastalex/gpu/tables;
 4. the operation's shipped default: the library's convolution wherever a faster one is unproven.
 
 Measurements lie in one JSON file per user, `table_path()`, which can be read, edited and deleted.  It is read once per
@@ -393,7 +393,7 @@ def tune(
     """
     operation = find(operation)
     if is_capturing(args[0]):
-        raise RuntimeError(f"fastalex.dispatch.tune({operation.name}) cannot run during a capture or a compilation")
+        raise RuntimeError(f"fastalex.gpu.dispatch.tune({operation.name}) cannot run during a capture or a compilation")
     with timing.side_stream() if args[0].is_cuda else contextlib.nullcontext():
         return _tune(operation, args, rounds, known or {})
 

@@ -17,12 +17,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastalex import dispatch
 from fastalex.alexnet import VARIANTS, AlexNet
 from fastalex.check.runner import Child, Context, Item, Log, Row, Stage, end, run_stage, watch
-from fastalex.dispatch import Measurement, Operation
+from fastalex.gpu import dispatch
+from fastalex.gpu.convolution import CONV2D_INPUT_GRAD
+from fastalex.gpu.dispatch import Measurement, Operation
 from fastalex.ops.common import device_of
-from fastalex.ops.conv_candidates import CONV2D_INPUT_GRAD
 from fastalex.ops.explanation import dispatched, operator_calls
 
 
@@ -143,7 +143,7 @@ def tune(job: Job, path: Path, device: str = "cuda") -> Iterator[tuple[str, Meas
     """
     with tempfile.TemporaryDirectory() as folder:
         log = Log(Path(folder) / "tune.jsonl")
-        command = [sys.executable, "-m", "fastalex.tuning", json.dumps(asdict(job)), str(log.path)]
+        command = [sys.executable, "-m", "fastalex.gpu.tuning", json.dumps(asdict(job)), str(log.path)]
         cores = os.cpu_count() or 1
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         for phase, processes in (("warm", min(cores, len(job.items(Context(device))))), ("times", 1)):

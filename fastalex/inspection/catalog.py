@@ -13,24 +13,31 @@ from typing import Any
 import torch
 from triton.runtime.jit import KernelInterface
 
-from . import (
+from fastalex.alexnet import VARIANTS, AlexNet
+from fastalex.kernels import (
     augment,
     bias_relu,
-    conv_backward,
-    conv_relu,
     lpips,
     lrn,
     lrn_max_pool,
     max_pool,
+    partial_sums,
     relu_bias_grad,
     space_to_depth,
 )
+from fastalex.kernels.convolution import forward, input_grad, weight_grad
+from fastalex.kernels.geometry import output_size
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 LAYOUTS = {"channels_last": torch.channels_last, "nchw": torch.contiguous_format}
 # The batch of the paper, and of every number that depends on one.
 BATCH = 128
 POOL = ((3, 3), (2, 2), (0, 0), (1, 1))
+
+
+def windows(side, kernel, stride, padding=0):
+    """The side of a square map's output."""
+    return output_size((side,), (kernel,), (stride,), (padding,), (1,))[0]
 
 
 @dataclass(frozen=True)
@@ -49,7 +56,7 @@ class Entry:
     direction: str
     channels: int
     side: int
-    norm: tuple | None = None
+    norm: tuple[Any, ...] = ()
     fused: bool = False
     dropout: float = 0.0
     padding: tuple = ()
@@ -86,7 +93,7 @@ class Entry:
             space_to_depth.space_to_depth(images, 4, self.padding)
             return
         x = self.tensor(self.side, batch, device)
-        pooled = (self.side - 3) // 2 + 1
+        pooled = windows(self.side, 3, 2)
         if self.operation == "bias_relu":
             bias = torch.zeros(self.channels, dtype=x.dtype, device=device)
             seed = torch.zeros(1, dtype=torch.int64, device=device) if self.dropout else None
@@ -100,13 +107,14 @@ class Entry:
         elif self.direction == "backward":
             grad = self.tensor(pooled, batch, device)
             codes = self.tensor(pooled, batch, device, torch.int8)
+            partials: Any = self.fused  # which overload it is, a type checker need not know
             if self.operation == "max_pool":
-                out = max_pool.max_pool_bwd(grad, codes, (self.side, self.side), *POOL, bias_partials=self.fused)
+                out = max_pool.max_pool_bwd(grad, codes, (self.side, self.side), *POOL, bias_partials=partials)
             else:
                 *norm, groups = self.norm
                 out = lrn_max_pool.lrn_max_pool_bwd(grad, codes, x, *norm, groups=groups, bias_partials=self.fused)
             if self.fused:
-                relu_bias_grad.sum_partials(out[1])
+                partial_sums.sum_partials(out[1])
         else:
             codes = self.direction == "forward"
             if self.operation == "max_pool":
@@ -118,10 +126,10 @@ class Entry:
 
 @dataclass(frozen=True)
 class ConvEntry:
-    """One call of `conv_relu` in one of its forms.
+    """One call of `conv_relu` by one of its algorithms.
 
     channels, side: of the input; features: of the output; kernel, stride and padding: of both dimensions.
-    batch: for which the form is meant.  precision: of fp32's products.
+    batch: for which the algorithm is meant.  precision: of fp32's products.
     """
 
     variant: str
@@ -133,7 +141,7 @@ class ConvEntry:
     stride: int
     padding: int
     groups: int
-    form: str = ""
+    algorithm: str = ""
     dtype: str = "fp16"
     precision: str = "ieee"
     operation: str = "conv_relu"
@@ -142,17 +150,17 @@ class ConvEntry:
 
     @property
     def name(self):
-        """As an `Entry`'s, with the form for the direction and tf32 for a dtype."""
+        """As an `Entry`'s, with the algorithm for the direction and tf32 for a dtype."""
         kind = "tf32" if self.precision == "tf32" else self.dtype
-        return "/".join((self.variant, self.layer, self.operation, self.form, kind, self.layout))
+        return "/".join((self.variant, self.layer, self.operation, self.algorithm, kind, self.layout))
 
     @property
     def batch(self):
-        return {"spatial": 32, "split_k": 1}.get(self.form, 2 * BATCH)
+        return {"spatial": 32, "split_k": 1}.get(self.algorithm, 2 * BATCH)
 
     @property
     def out_side(self):
-        return (self.side + 2 * self.padding - self.kernel) // self.stride + 1
+        return windows(self.side, self.kernel, self.stride, self.padding)
 
     @property
     def image_elements(self):
@@ -166,8 +174,8 @@ class ConvEntry:
 
     @property
     def shape(self):
-        """What all forms and dtypes of a layer have in common: the fields from `variant` to `groups`."""
-        return tuple(getattr(self, field.name) for field in fields(self)[:9])
+        """What all algorithms and dtypes of a layer have in common: the fields from `variant` to `groups`."""
+        return {field.name: getattr(self, field.name) for field in fields(self)[:9]}
 
     @property
     def geometry(self):
@@ -188,15 +196,15 @@ class ConvEntry:
 
     def call(self, batch=None, device="meta"):
         x, weight, bias = self.tensors(batch, device)
-        conv_relu.conv_relu(x, weight, bias, *self.geometry, form=self.form, precision=self.precision)
+        forward.conv_relu(x, weight, bias, *self.geometry, algorithm=self.algorithm, precision=self.precision)
 
 
 @dataclass(frozen=True)
 class ConvGradEntry(ConvEntry):
-    """One call of a launcher of `conv_backward`; elements are those of the output, whose gradient comes in.
+    """One call of a convolution's gradient; elements are those of the output, whose gradient comes in.
 
-    form: "input_grad", with the mask of a ReLU below and the partial sums of its bias gradient, or "weight_grad", or
-    one of them followed by "_descriptors".
+    algorithm: "input_grad", with the mask of a ReLU below and the partial sums of its bias gradient, or "weight_grad",
+    or one of them followed by "_descriptors".
     """
 
     operation: str = "conv_backward"
@@ -204,20 +212,20 @@ class ConvGradEntry(ConvEntry):
 
     @property
     def grad(self):
-        return self.form.removesuffix("_descriptors")
+        return self.algorithm.removesuffix("_descriptors")
 
     def call(self, batch=None, device="meta"):
         x, weight, _ = self.tensors(batch, device)
         grad = torch.zeros(x.shape[0], self.features, self.out_side, self.out_side, dtype=x.dtype, device=device)
         grad = grad.contiguous(memory_format=torch.channels_last)
-        options = {"descriptors": self.form != self.grad, "precision": self.precision}
+        options = {"descriptors": self.algorithm != self.grad, "precision": self.precision}
         if self.grad == "input_grad":
-            _, partials = conv_backward.conv_input_grad(
+            _, partials = input_grad.conv_input_grad(
                 grad, weight, x.shape[2:], *self.geometry, relu_output=x, bias_partials=True, **options
             )
-            relu_bias_grad.sum_partials(partials)
+            partial_sums.sum_partials(partials)
         else:
-            conv_backward.conv_weight_grad(grad, x, weight.shape[2:], *self.geometry, **options)
+            weight_grad.conv_weight_grad(grad, x, weight.shape[2:], *self.geometry, **options)
 
 
 @dataclass(frozen=True)
@@ -368,7 +376,7 @@ def launches(entry, batch=None):
     return found
 
 
-def stage(variant, layer, channels, side, *, norm=None, pool=False, relu_first=True, pool_first=False):
+def stage(variant, layer, channels, side, *, norm=(), pool=False, relu_first=True, pool_first=False):
     """The entries of one convolution and of what follows it."""
     plain = Entry(variant, layer, "", "", channels, side)
     pooling = replace(plain, operation="max_pool", fused=relu_first)
@@ -382,20 +390,22 @@ def stage(variant, layer, channels, side, *, norm=None, pool=False, relu_first=T
     if pool:
         out += [replace(pooling, direction=direction) for direction in ("forward", "inference", "backward")]
     if norm and pool_first:
-        alone = replace(plain, operation="lrn", norm=norm, side=(side - 3) // 2 + 1)
+        alone = replace(plain, operation="lrn", norm=norm, side=windows(side, 3, 2))
         out += [replace(alone, direction=direction) for direction in ("forward", "backward")]
     return out
 
 
-def images(variant, side, padding):
+def images(variant):
     """The entries of conv1's input, as blocks of 4x4 pixels: for the convolution, and again for its weight gradient."""
-    plain = Entry(variant, "conv1", "space_to_depth", "forward", 3, side, padding=padding)
+    with torch.device("meta"):
+        padding = AlexNet(variant=replace(variant, init="torch")).block_padding(variant.crop, variant.crop)
+    plain = Entry(variant.name, "conv1", "space_to_depth", "forward", 3, variant.crop, padding=padding)
     return [plain, replace(plain, direction="backward")]
 
 
-def hidden(variant, layer, dropout):
+def hidden(variant, layer, features, dropout):
     """The entries of one hidden linear layer; without dropout they are those of inference, too."""
-    plain = Entry(variant, layer, "bias_relu", "forward", 4096, 1)
+    plain = Entry(variant, layer, "bias_relu", "forward", features, 1)
     out = [
         replace(plain, dropout=dropout),
         replace(plain, operation="relu_bias_grad", direction="backward", dropout=dropout),
@@ -405,37 +415,32 @@ def hidden(variant, layer, dropout):
     return out
 
 
-def two_columns(variant, norm, relu_first=True, pool_first=False):
-    """The network of 2012 and its relatives."""
-    wiring = {"pool": True, "relu_first": relu_first, "pool_first": pool_first}
-    return [
-        *stage(variant, "conv1", 96, 55, norm=norm, **wiring),
-        *stage(variant, "conv2", 256, 27, norm=norm, **wiring),
-        *stage(variant, "conv3", 384, 13),
-        *stage(variant, "conv4", 384, 13),
-        *stage(variant, "conv5", 256, 13, **wiring),
-        *hidden(variant, "fc6", 0.5),
-        *hidden(variant, "fc7", 0.5),
-    ]
+def convolutions(variant):
+    """The variant's convolutions; of a launcher whose algorithm is still to be chosen."""
+    side, channels = variant.crop + variant.pad_end, variant.in_channels
+    for number, conv in enumerate(variant.convs, 1):
+        geometry = (conv.kernel_size, conv.stride, conv.padding, conv.groups)
+        yield ConvEntry(variant.name, f"conv{number}", channels, side, conv.channels, *geometry)
+        side, channels = windows(side, conv.kernel_size, conv.stride, conv.padding), conv.channels
+        if conv.pool:
+            side = windows(side, conv.pool, conv.pool_stride)
 
 
-MODEL_ENTRIES = [
-    *images("paper", 224, ((2, 2), (2, 2))),
-    *two_columns("paper", (5, 5e-4, 0.75, 2.0, 1)),
-    *two_columns("code2012", (5, 1e-4, 0.75, 2.0, 2), relu_first=False),
-    *images("bvlc_alexnet", 227, ((0, 1), (0, 1))),
-    *two_columns("bvlc_alexnet", (5, 1e-4, 0.75, 1.0, 1)),
-    *images("caffenet", 227, ((0, 1), (0, 1))),
-    *two_columns("caffenet", (5, 1e-4, 0.75, 1.0, 1), pool_first=True),
-    *images("torchvision", 224, ((2, 2), (2, 2))),
-    *stage("torchvision", "conv1", 64, 55, pool=True),
-    *stage("torchvision", "conv2", 192, 27, pool=True),
-    *stage("torchvision", "conv3", 384, 13),
-    *stage("torchvision", "conv4", 256, 13),
-    *stage("torchvision", "conv5", 256, 13, pool=True),
-    *hidden("torchvision", "fc6", 0.5),
-    *hidden("torchvision", "fc7", 0.0),
-]
+def entries_of(variant):
+    """The entries of a variant but its convolutions.  Its dropout is 0.5."""
+    relu_first = variant.relu == "first"
+    # a convolution without a ReLU behind it is the library's, on images as they are
+    out = images(variant) if relu_first else []
+    for conv, call in zip(variant.convs, convolutions(variant), strict=True):
+        wiring = {"pool": bool(conv.pool), "relu_first": relu_first, "pool_first": variant.pool_first}
+        out += stage(variant.name, call.layer, conv.channels, call.out_side, norm=tuple(conv.norm or ()), **wiring)
+    dropouts = (0.5, 0.0 if variant.dropout_first else 0.5)
+    for layer, features, dropout in zip(("fc6", "fc7"), variant.hidden, dropouts, strict=True):
+        out += hidden(variant.name, layer, features, dropout)
+    return out
+
+
+MODEL_ENTRIES = [entry for variant in VARIANTS.values() for entry in entries_of(variant)]
 ENTRIES = {
     entry.name: entry
     for base in MODEL_ENTRIES
@@ -447,29 +452,25 @@ ENTRIES = {
     for entry in [replace(base, dtype=dtype, layout=layout)]
 }
 
-# conv1 also as a 3x3 convolution of what space-to-depth makes of the images: 48 channels, without padding.
+# conv1 also as a 3x3 convolution of what space-to-depth makes of the images: 48 channels, without padding
 CONV_LAYERS = [
-    ConvEntry("paper", "conv1", 3, 224, 96, 11, 4, 2, 1),
-    ConvEntry("paper", "conv1_space_to_depth", 48, 57, 96, 3, 1, 0, 1),
-    ConvEntry("paper", "conv2", 96, 27, 256, 5, 1, 2, 2),
-    ConvEntry("paper", "conv3", 256, 13, 384, 3, 1, 1, 1),
-    ConvEntry("paper", "conv4", 384, 13, 384, 3, 1, 1, 2),
-    ConvEntry("paper", "conv5", 384, 13, 256, 3, 1, 1, 2),
-    ConvEntry("torchvision", "conv1", 3, 224, 64, 11, 4, 2, 1),
-    ConvEntry("torchvision", "conv1_space_to_depth", 48, 57, 64, 3, 1, 0, 1),
-    ConvEntry("torchvision", "conv2", 64, 27, 192, 5, 1, 2, 1),
-    ConvEntry("torchvision", "conv3", 192, 13, 384, 3, 1, 1, 1),
-    ConvEntry("torchvision", "conv4", 384, 13, 256, 3, 1, 1, 1),
-    ConvEntry("torchvision", "conv5", 256, 13, 256, 3, 1, 1, 1),
+    layer
+    for name in ("paper", "torchvision")
+    for conv in convolutions(VARIANTS[name])
+    for layer in (
+        [conv, ConvEntry(name, "conv1_space_to_depth", 48, 57, conv.features, 3, 1, 0, 1)]
+        if conv.layer == "conv1"
+        else [conv]
+    )
 ]
 ENTRIES |= {
     entry.name: entry
     for base in CONV_LAYERS
-    for form in conv_relu.FORMS
+    for algorithm in forward.ALGORITHMS
     # descriptors start at multiples of 16 bytes, which three channels do not
-    if form != "descriptors" or base.channels > 3
+    if algorithm != "descriptors" or base.channels > 3
     for dtype, precision in [("fp16", "ieee"), ("bf16", "ieee"), ("fp32", "ieee"), ("fp32", "tf32")]
-    for entry in [replace(base, form=form, dtype=dtype, precision=precision)]
+    for entry in [replace(base, algorithm=algorithm, dtype=dtype, precision=precision)]
 }
 
 # fp32 products with descriptors are refused: they spill
@@ -477,12 +478,12 @@ ENTRIES |= {
     entry.name: entry
     for base in CONV_LAYERS
     if base.channels > 3
-    for form in ("input_grad", "input_grad_descriptors", "weight_grad", "weight_grad_descriptors")
+    for algorithm in ("input_grad", "input_grad_descriptors", "weight_grad", "weight_grad_descriptors")
     # nobody needs the gradient of the images
-    if not (base.layer == "conv1_space_to_depth" and form.startswith("input_grad"))
+    if not (base.layer == "conv1_space_to_depth" and algorithm.startswith("input_grad"))
     for dtype, precision in [("fp16", "ieee"), ("bf16", "ieee"), ("fp32", "ieee"), ("fp32", "tf32")]
-    if not (form.endswith("descriptors") and (dtype, precision) == ("fp32", "ieee"))
-    for entry in [ConvGradEntry(*base.shape, form=form, dtype=dtype, precision=precision)]
+    if not (algorithm.endswith("descriptors") and (dtype, precision) == ("fp32", "ieee"))
+    for entry in [ConvGradEntry(**base.shape, algorithm=algorithm, dtype=dtype, precision=precision)]
 }
 
 ENTRIES |= {entry.name: entry for block in (1, 4) for dtype in DTYPES for entry in [AugmentEntry(block, dtype)]}

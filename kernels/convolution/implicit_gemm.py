@@ -1,14 +1,20 @@
-"""Building blocks of the convolutions as matrix products: taps, tiles of odd widths, the target.
+"""Building blocks of the convolutions as matrix products: taps, products, the target.
 
 A convolution's sum runs over taps (r, s) and input channels c, taps outside and channels inside, in one flat loop:
 the software pipeline then never drains between taps (unrolling the taps gives 4,000 instructions and spills).
+
+Two tuples carry what is fixed when a kernel is compiled:
+
+    CONV  C_IN and C_OUT of a group, GROUPS, R, S, STRIDE_H, STRIDE_W, TOP, LEFT, DILATION_H, DILATION_W
+    TILE  BLOCK_M, BLOCK_N, BLOCK_N_TAIL, BLOCK_K, BLOCK_K_TAIL, WARP_SPECIALIZE (`config.Config.tile`)
 """
 
+import torch
 import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .registers import interpreting
+from ..registers import interpreting
 
 # The narrowest tile of a tensor-core product, in either direction.
 NARROWEST = 16
@@ -22,6 +28,13 @@ def capability():
     return target.arch if target.backend == "cuda" else 0
 
 
+def conv_of(weight_shape, groups, stride, padding, dilation):
+    """CONV, for a weight (K, C / groups, R, S)."""
+    features, channels, rows, columns = weight_shape
+    (top, _), (left, _) = padding
+    return (channels, features // groups, groups, rows, columns, *stride, top, left, *dilation)
+
+
 def descriptor(matrix, rows, columns):
     """Tiles of rows x columns of a packed matrix, copied by the tensor memory accelerator.  None without either."""
     if matrix is None or 0 in (rows, columns):
@@ -29,30 +42,11 @@ def descriptor(matrix, rows, columns):
     return TensorDescriptor(matrix, list(matrix.shape), list(matrix.stride()), [rows, columns])
 
 
-def split_tile(count, limit):
-    """Two widths of tile (a, b), b = a / 2 or 0, powers of two, for `count` channels; a is at most `limit`.
-
-    The widest a + b that divides the count, but `limit` alone if it does: 96 = 64 + 32, 192 = 128 + 64, 48 = 32 + 16.
-    Padding them to a power of two instead would waste a quarter of the tile.  A count that nothing divides gets the
-    widest tile that wastes the least, or within a quarter of that.
-    """
-    widths = [NARROWEST << i for i in range(8) if NARROWEST << i <= limit]
-    pairs = [(a, 0) for a in widths] + [(a, a // 2) for a in widths if a > NARROWEST]
-    if count % limit == 0:
-        return limit, 0
-    whole = [pair for pair in pairs if count % sum(pair) == 0]
-    if whole:
-        return max(whole, key=sum)
-    padded = {a: triton.cdiv(count, a) * a for a in widths}
-    return max(a for a in widths if padded[a] <= 1.25 * min(padded.values())), 0
-
-
-def output_size(size, kernel, stride, padding, dilation):
-    """(OH, OW) of a convolution; pairs of ints, padding ((top, bottom), (left, right)).  May be less than 1."""
-    return tuple(
-        (length + sum(pads) - d * (taps - 1) - 1) // step + 1
-        for length, taps, step, pads, d in zip(size, kernel, stride, padding, dilation, strict=True)
-    )
+def precision_of(dtype, precision):
+    """The kernels' PRECISION: "ieee" or "tf32" of fp32's factors; "widened": bf16 in the interpreter."""
+    if interpreting() and dtype == torch.bfloat16:
+        return "widened"
+    return precision if dtype == torch.float32 else "ieee"
 
 
 @triton.jit
@@ -66,10 +60,10 @@ def tap_range(start, size, taps, DILATION: tl.constexpr):
 
 @triton.jit
 def next_step(
-    r, s, c, s_first, s_stop, channels, DEPTH: tl.constexpr, R_STEP: tl.constexpr = 1, S_STEP: tl.constexpr = 1
+    r, s, c, s_first, s_stop, channels, BLOCK_K: tl.constexpr, R_STEP: tl.constexpr = 1, S_STEP: tl.constexpr = 1
 ):  # fmt: skip
-    """The step after (r, s, c): DEPTH channels on, then S_STEP taps in [s_first, s_stop), then R_STEP rows of taps."""
-    c += DEPTH
+    """The step after (r, s, c): BLOCK_K channels, then S_STEP taps in [s_first, s_stop), then R_STEP rows of taps."""
+    c += BLOCK_K
     done = c >= channels
     c = tl.where(done, 0, c)
     s = tl.where(done, s + S_STEP, s)
@@ -90,9 +84,9 @@ def tap_bits(start, size, TAPS: tl.constexpr, DILATION: tl.constexpr):
 
 
 @triton.jit
-def multiply_add(a, b, acc, PRECISION: tl.constexpr, WIDEN: tl.constexpr):
-    """acc + a @ b in fp32.  WIDEN: bf16 in the interpreter, whose product of bf16 is garbage."""
-    if WIDEN:
+def multiply_add(a, b, acc, PRECISION: tl.constexpr):
+    """acc + a @ b in fp32.  "widened": the interpreter's product of bf16 is garbage."""
+    if PRECISION == "widened":
         return tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision="ieee")
     else:
         return tl.dot(a, b, acc, input_precision=PRECISION)

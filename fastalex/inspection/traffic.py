@@ -12,7 +12,8 @@ import numpy as np
 from triton.runtime.interpreter import InterpreterBuilder
 from triton.runtime.jit import KernelInterface
 
-from . import catalog, interpreter, lrn_max_pool, max_pool, relu_bias_grad
+from fastalex.inspection import catalog, interpreter
+from fastalex.kernels import lrn_max_pool, max_pool, relu_bias_grad
 
 SECTOR = 32
 
@@ -112,8 +113,8 @@ def sectors(elements, size):
 def count_convolution(entry):
     """Bytes of each launch of a convolution: each tensor once.
 
-    Not counted in the interpreter, where a layer of full size takes minutes.  A test counts small ones: all forms read
-    and write every sector of their tensors.
+    Not counted in the interpreter, where a layer of full size takes minutes.  A test counts small ones: all
+    algorithms read and write every sector of their tensors.
     """
     x, weight, bias = entry.tensors()
     y = entry.image_elements * entry.batch
@@ -122,7 +123,7 @@ def count_convolution(entry):
     found = [launch for launch in catalog.launches(entry)]
     bytes_of = [(read, sectors(y, size))]
     if len(found) == 2:
-        parts = sectors(found[1].argument("PARTS") * y, 4)
+        parts = sectors(found[1].argument("count") * y, 4)
         bytes_of = [(read, parts), (parts, sectors(y, size))]
     # the bias goes into what is stored at last
     bytes_of[-1] = bytes_of[-1][0] + sectors(bias.numel(), size), bytes_of[-1][1]
@@ -146,7 +147,7 @@ def count_gradient(entry):
     elif len(found) == 1:
         moved = [(y_bytes + x_bytes, weight_bytes)]
     else:
-        parts = found[1].argument("SPLITS") * weight.numel() * 4
+        parts = found[1].argument("count") * weight.numel() * 4
         moved = [(y_bytes + x_bytes, parts), (parts, weight_bytes)]
     return [
         {"kernel": launch.name, "read": read / y, "written": written / y}

@@ -1,4 +1,4 @@
-"""The ways to compute conv2d + bias + ReLU and its gradients on Triton's devices, for `fastalex.dispatch`.
+"""The ways to compute conv2d + bias + ReLU and its gradients on Triton's devices, for `fastalex.gpu.dispatch`.
 
 Library means PyTorch's convolution (cuDNN on an NVIDIA GPU).  Every candidate takes tensors as they lie and gives its
 output in `output_format`; what it has to copy for that belongs to its time.
@@ -17,11 +17,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastalex import dispatch
-from fastalex.dispatch import Candidate, Operation
-from fastalex.kernels.layout import fold_weight, memory_format, unfold_weight_grad
+from fastalex import gpu
+from fastalex.gpu import dispatch
+from fastalex.gpu.dispatch import Candidate, Operation
+from fastalex.kernels.geometry import fold_weight, memory_format, output_size, unfold_weight_grad
 
-FORMS = ("batch_tiled", "descriptors", "spatial", "split_k")
+ALGORITHMS = ("batch_tiled", "descriptors", "spatial", "split_k")
 Sizes = Sequence[int]
 
 
@@ -30,13 +31,6 @@ def output_format(input: Tensor, weight: Tensor) -> torch.memory_format:
     if memory_format(weight) is torch.channels_last:
         return torch.channels_last
     return memory_format(input)
-
-
-def output_size(input: Tensor, weight: Tensor, stride: Sizes, padding: Sizes, dilation: Sizes) -> tuple[int, ...]:
-    return tuple(
-        (input.shape[2 + i] + 2 * padding[i] - dilation[i] * (weight.shape[2 + i] - 1) - 1) // stride[i] + 1
-        for i in (0, 1)
-    )
 
 
 def describe(input: Tensor, weight: Tensor, stride: Sizes, padding: Sizes, dilation: Sizes, groups: int) -> str:
@@ -87,7 +81,7 @@ class Blocks(NamedTuple):
 
 
 def blocks_of(input: Tensor, weight: Tensor, stride: Sizes, padding: Sizes) -> Blocks:
-    out = output_size(input, weight, stride, padding, (1, 1))
+    out = output_size(input.shape[2:], weight.shape[2:], stride, padding)
     block = stride[0]
     after = ((out[i] - 1 + -(-weight.shape[2 + i] // block)) * block - input.shape[2 + i] - padding[i] for i in (0, 1))
     (top, left), (bottom, right) = padding, after
@@ -97,25 +91,21 @@ def blocks_of(input: Tensor, weight: Tensor, stride: Sizes, padding: Sizes) -> B
 def no_space_to_depth(
     input: Tensor, weight: Tensor, stride: Sizes, padding: Sizes, dilation: Sizes, groups: int
 ) -> str | None:
-    from fastalex.kernels.space_to_depth import MAX_ROW
-
     block, channels = stride[0], input.shape[1]
     if block == 1 or block != stride[1] or block & (block - 1):
         return f"needs a stride that is a power of two above 1, the same in both directions, got {tuple(stride)}"
     if tuple(dilation) != (1, 1) or groups != 1:
         return f"needs dilation 1 and one group, got {tuple(dilation)} and {groups}"
-    if block * channels > MAX_ROW or block * block * channels * input.element_size() % 16:
+    if block * channels > gpu.space_to_depth.MAX_ROW or block * block * channels * input.element_size() % 16:
         return (
-            f"needs at most {MAX_ROW} channels times stride and blocks of a multiple of 16 bytes, "
+            f"needs at most {gpu.space_to_depth.MAX_ROW} channels times stride and blocks of a multiple of 16 bytes, "
             f"got {channels} channels with stride {block}"
         )
     return no_channels_last(input, weight)
 
 
 def to_blocks(input: Tensor, weight: Tensor, stride: Sizes, padding: Sizes) -> Tensor:
-    from fastalex.kernels.space_to_depth import space_to_depth
-
-    return space_to_depth(input, *blocks_of(input, weight, stride, padding))
+    return gpu.space_to_depth.space_to_depth(input, *blocks_of(input, weight, stride, padding))
 
 
 def is_image_layer(input: Tensor, stride: Sizes) -> bool:
@@ -129,9 +119,7 @@ def is_image_layer(input: Tensor, stride: Sizes) -> bool:
 
 # ------------------------------------------------------------------------------------------------------- forward
 def bias_relu(sums: Tensor, bias: Tensor | None) -> Tensor:
-    from fastalex.kernels.bias_relu import bias_relu_
-
-    return bias_relu_(sums, bias)
+    return gpu.bias_relu.bias_relu_(sums, bias)
 
 
 def forward_library(
@@ -156,16 +144,18 @@ def no_cudnn(input: Tensor, *rest: Any) -> str | None:
     return None
 
 
-def forward_triton(input: Tensor, weight: Tensor, bias: Tensor | None, *geometry: Any, form: str) -> Tensor:
-    from fastalex.kernels.conv_relu import conv_relu
+def forward_triton(input: Tensor, weight: Tensor, bias: Tensor | None, *geometry: Any, algorithm: str) -> Tensor:
+    from fastalex.kernels.convolution.forward import conv_relu
 
-    return conv_relu(last(input), last(weight), bias, *for_kernels(*geometry), form=form, precision=precision(input))
+    return conv_relu(
+        last(input), last(weight), bias, *for_kernels(*geometry), algorithm=algorithm, precision=precision(input)
+    )
 
 
-def no_form(input: Tensor, weight: Tensor, bias: Tensor | None, *geometry: Any, form: str) -> str | None:
-    from fastalex.kernels.conv_relu import unsupported
+def no_algorithm(input: Tensor, weight: Tensor, bias: Tensor | None, *geometry: Any, algorithm: str) -> str | None:
+    from fastalex.kernels.convolution.forward import unsupported
 
-    return no_channels_last(input, weight) or unsupported(form, input, weight, *for_kernels(*geometry))
+    return no_channels_last(input, weight) or unsupported(algorithm, input, weight, *for_kernels(*geometry))
 
 
 def forward_blocks(
@@ -224,7 +214,7 @@ def library_gradient(
 
 
 def triton_input_grad(grad: Tensor, input: Tensor, weight: Tensor, *geometry: Any, descriptors: bool) -> Tensor:
-    from fastalex.kernels.conv_backward import conv_input_grad
+    from fastalex.kernels.convolution.input_grad import conv_input_grad
 
     return conv_input_grad(
         last(grad), last(weight), tuple(input.shape[2:]), *for_kernels(*geometry),
@@ -233,7 +223,7 @@ def triton_input_grad(grad: Tensor, input: Tensor, weight: Tensor, *geometry: An
 
 
 def no_triton_input_grad(grad: Tensor, input: Tensor, weight: Tensor, *geometry: Any, descriptors: bool) -> str | None:
-    from fastalex.kernels.conv_backward import unsupported_input_grad
+    from fastalex.kernels.convolution.input_grad import unsupported_input_grad
 
     return no_channels_last(input, weight) or unsupported_input_grad(
         grad, weight, *for_kernels(*geometry), descriptors=descriptors, precision=precision(grad)
@@ -241,7 +231,7 @@ def no_triton_input_grad(grad: Tensor, input: Tensor, weight: Tensor, *geometry:
 
 
 def triton_weight_grad(grad: Tensor, input: Tensor, weight: Tensor, *geometry: Any, descriptors: bool) -> Tensor:
-    from fastalex.kernels.conv_backward import conv_weight_grad
+    from fastalex.kernels.convolution.weight_grad import conv_weight_grad
 
     return conv_weight_grad(
         last(grad), last(input), tuple(weight.shape[2:]), *for_kernels(*geometry),
@@ -250,7 +240,7 @@ def triton_weight_grad(grad: Tensor, input: Tensor, weight: Tensor, *geometry: A
 
 
 def no_triton_weight_grad(grad: Tensor, input: Tensor, weight: Tensor, *geometry: Any, descriptors: bool) -> str | None:
-    from fastalex.kernels.conv_backward import unsupported_weight_grad
+    from fastalex.kernels.convolution.weight_grad import unsupported_weight_grad
 
     return no_channels_last(input, weight) or unsupported_weight_grad(
         grad, input, tuple(weight.shape[2:]), *for_kernels(*geometry),
@@ -321,7 +311,10 @@ def _with_blocks(
 
 _LIBRARY = Candidate("library", forward_library, always)
 _TRITON = [
-    Candidate(f"triton_{form}", partial(forward_triton, form=form), partial(no_form, form=form)) for form in FORMS
+    Candidate(
+        f"triton_{algorithm}", partial(forward_triton, algorithm=algorithm), partial(no_algorithm, algorithm=algorithm)
+    )
+    for algorithm in ALGORITHMS
 ]
 CONV2D_RELU = dispatch.register(
     Operation(
@@ -386,3 +379,23 @@ CONV2D_WEIGHT_GRAD = dispatch.register(
         "library",
     )
 )
+
+
+# ------------------------------------------------------------------------------------------- for the operators
+def conv2d_relu(
+    input: Tensor, weight: Tensor, bias: Tensor | None, stride: Sizes, padding: Sizes, dilation: Sizes, groups: int
+) -> Tensor:
+    """relu(conv2d(...)) by the candidate that the dispatch chooses."""
+    args = input, weight, bias, stride, padding, dilation, groups
+    return dispatch.choose(CONV2D_RELU, *args).candidate.run(*args)
+
+
+def gradients(
+    grad: Tensor, input: Tensor, weight: Tensor, *geometry: Any, needs: Sequence[bool]
+) -> tuple[Tensor | None, ...]:
+    """The gradients of input and weight, None where `needs` says no."""
+    args = grad, input, weight, *geometry
+    return tuple(
+        dispatch.choose(operation, *args).candidate.run(*args) if needed else None
+        for operation, needed in zip((CONV2D_INPUT_GRAD, CONV2D_WEIGHT_GRAD), needs, strict=True)
+    )

@@ -1,4 +1,4 @@
-"""Convolution with bias and ReLU, every form against float64."""
+"""Convolution with bias and ReLU, every algorithm against float64."""
 
 import itertools
 
@@ -11,10 +11,11 @@ from compiling import compiled
 from tolerances import SLACK, UNIT_ROUNDOFF, assert_matches
 from triton.runtime.interpreter import InterpreterBuilder
 
-from fastalex.kernels import conv_relu as module
-from fastalex.kernels import traffic
-from fastalex.kernels.conv_relu import FORMS, Config, conv_relu, unsupported
-from fastalex.kernels.implicit_gemm import output_size, split_tile
+from fastalex.inspection import traffic
+from fastalex.kernels.convolution import forward as module
+from fastalex.kernels.convolution.config import Config, forward_config, split_tile
+from fastalex.kernels.convolution.forward import ALGORITHMS, conv_relu, unsupported
+from fastalex.kernels.geometry import output_size
 from fastalex.kernels.registers import interpreting
 
 HALF, BRAIN, SINGLE = torch.float16, torch.bfloat16, torch.float32
@@ -49,11 +50,11 @@ def truth(x, weight, bias, stride, padding, dilation, groups):
     return convolved(x.double(), weight.double(), bias), magnitude
 
 
-def check(x, weight, bias, stride, padding, dilation, groups, *, form, relu=True, against=None, **options):
+def check(x, weight, bias, stride, padding, dilation, groups, *, algorithm, relu=True, against=None, **options):
     """y within the tolerance of float64; `against` is another geometry (mutants)."""
     geometry = (stride, padding, dilation, groups)
     expected, magnitude = truth(x, weight, bias, *(against or geometry))
-    y = conv_relu(x, weight, bias, *geometry, form=form, relu=relu, **options)
+    y = conv_relu(x, weight, bias, *geometry, algorithm=algorithm, relu=relu, **options)
     assert y.dtype == x.dtype
     assert y.is_contiguous(memory_format=torch.channels_last)
     terms = weight[0].numel() + 1
@@ -81,112 +82,112 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
 @pytest.mark.parametrize("dtype", [HALF, BRAIN, SINGLE])
 @pytest.mark.parametrize("case", CASES)
-def test_values(case, dtype, form):
+def test_values(case, dtype, algorithm):
     shape, features, kernel, geometry = CASES[case]
     x, weight, bias = sample(shape, features, kernel, geometry[-1], dtype)
-    if unsupported(form, x, weight, *geometry):
-        pytest.skip("not for this form")
-    check(x, weight, bias, *geometry, form=form)
+    if unsupported(algorithm, x, weight, *geometry):
+        pytest.skip("not for this algorithm")
+    check(x, weight, bias, *geometry, algorithm=algorithm)
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
 @pytest.mark.parametrize("kernel", range(1, 12))
-def test_kernels(kernel, form):
+def test_kernels(kernel, algorithm):
     """Of 1 to 11, and strides of 1 to 4."""
     stride = (1 + kernel % 4, 1 + (kernel + 2) % 4)
     padding = ((kernel // 2, (kernel - 1) // 2), ((kernel - 1) // 2, kernel // 2))
-    check(*sample((2, 16, 4, 3), 16, (kernel, kernel)), stride, padding, (1, 1), 1, form=form)
+    check(*sample((2, 16, 4, 3), 16, (kernel, kernel)), stride, padding, (1, 1), 1, algorithm=algorithm)
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
 @pytest.mark.parametrize("batch", [1, 2, 3, 18, 130])
-def test_batches(batch, form):
-    check(*sample((batch, 16, 2, 2), 16, (3, 3), dtype=HALF), *SAME, form=form)
+def test_batches(batch, algorithm):
+    check(*sample((batch, 16, 2, 2), 16, (3, 3), dtype=HALF), *SAME, algorithm=algorithm)
 
 
-@pytest.mark.parametrize("form", FORMS)
-def test_tiles_beyond_the_ends(form):
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_tiles_beyond_the_ends(algorithm):
     """More than one tile of rows, the last one partial; tiles of two widths, more than one of them."""
     x, weight, bias = sample((18, 96, 2, 1), 96, (2, 1))
-    config = Config(16, (32, 16), (32, 16), 4, 2, parts=3 if form == "split_k" else 1)
-    check(x, weight, bias, *PLAIN, form=form, config=config)
+    config = Config(16, (32, 16), (32, 16), 4, 2, split_k=3 if algorithm == "split_k" else 1)
+    check(x, weight, bias, *PLAIN, algorithm=algorithm, config=config)
 
 
-@pytest.mark.parametrize("form", [form for form in FORMS if form != "descriptors"])
-def test_partial_tiles_of_channels(form):
+@pytest.mark.parametrize("algorithm", [algorithm for algorithm in ALGORITHMS if algorithm != "descriptors"])
+def test_partial_tiles_of_channels(algorithm):
     x, weight, bias = sample((3, 20, 2, 2), 22, (2, 2))
-    config = Config(16, (16, 0), (16, 0), 4, 2, parts=3 if form == "split_k" else 1)
-    check(x, weight, bias, *SAME, form=form, config=config)
+    config = Config(16, (16, 0), (16, 0), 4, 2, split_k=3 if algorithm == "split_k" else 1)
+    check(x, weight, bias, *SAME, algorithm=algorithm, config=config)
 
 
 @pytest.mark.parametrize("parts", [1, 2, 5, 9])
 def test_parts_of_the_sum(parts):
     x, weight, bias = sample((1, 16, 3, 3), 16, (3, 3))
-    check(x, weight, bias, *SAME, form="split_k", config=Config(16, (16, 0), (16, 0), 4, 2, parts=parts))
+    check(x, weight, bias, *SAME, algorithm="split_k", config=Config(16, (16, 0), (16, 0), 4, 2, split_k=parts))
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
 @pytest.mark.parametrize("dtype", [HALF, SINGLE])
-def test_bias_and_relu_are_optional(dtype, form):
+def test_bias_and_relu_are_optional(dtype, algorithm):
     x, weight, bias = sample((2, 16, 2, 2), 16, (2, 2), dtype=dtype)
-    assert (check(x, weight, None, *PLAIN, form=form, relu=False) < 0).any()
-    check(x, weight, None, *PLAIN, form=form)
-    check(x, weight, bias.float().repeat_interleave(2)[::2], *PLAIN, form=form, relu=False)
+    assert (check(x, weight, None, *PLAIN, algorithm=algorithm, relu=False) < 0).any()
+    check(x, weight, None, *PLAIN, algorithm=algorithm)
+    check(x, weight, bias.float().repeat_interleave(2)[::2], *PLAIN, algorithm=algorithm, relu=False)
 
 
-@pytest.mark.parametrize("form", FORMS)
-def test_tf32(form):
-    check(*sample((2, 32, 2, 2), 32, (2, 2)), *SAME, form=form, precision="tf32")
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_tf32(algorithm):
+    check(*sample((2, 32, 2, 2), 32, (2, 2)), *SAME, algorithm=algorithm, precision="tf32")
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
-def test_nan_and_infinities(value, form):
+def test_nan_and_infinities(value, algorithm):
     """They reach the outputs whose windows contain them and no others: what is skipped or masked is not read."""
     x, weight, bias = sample((3, 32, 3, 3), 16, (2, 2), dtype=HALF)
     x[1, 3, 1, 1] = value
     x[0, 31, 2, 2] = value
     bias[2] = value
-    y = check(x, weight, bias, *SAME, form=form)
+    y = check(x, weight, bias, *SAME, algorithm=algorithm)
     assert y.isfinite().float().mean() > 0.7
     if value != value:
         assert y[:, 2].isnan().all()
 
 
-@pytest.mark.parametrize("form", FORMS)
-def test_an_infinite_weight_at_the_border(form):
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_an_infinite_weight_at_the_border(algorithm):
     """torch multiplies the zeros of the padding, too: NaN.  Forms that skip them have nothing to multiply."""
     x, weight, bias = sample((1, 16, 2, 2), 16, (2, 2))
     weight[0, 0, 0, 0] = torch.inf
-    y = conv_relu(x, weight, bias, *SAME, form=form)
-    assert y[0, 0, 0].isnan().any() == (form in ("spatial", "split_k"))
+    y = conv_relu(x, weight, bias, *SAME, algorithm=algorithm)
+    assert y[0, 0, 0].isnan().any() == (algorithm in ("spatial", "split_k"))
     assert y[:, 1:].isfinite().all()
 
 
-@pytest.mark.parametrize("form", FORMS)
-def test_layouts_that_are_copied(form):
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_layouts_that_are_copied(algorithm):
     x, weight, bias = sample((4, 16, 3, 3), 16, (2, 2))
-    expected = check(x, weight, bias, *PLAIN, form=form)
-    assert torch.equal(conv_relu(x.contiguous(), weight.contiguous(), bias, form=form), expected)
+    expected = check(x, weight, bias, *PLAIN, algorithm=algorithm)
+    assert torch.equal(conv_relu(x.contiguous(), weight.contiguous(), bias, algorithm=algorithm), expected)
     wide = torch.randn(4, 32, 3, 3)
     wide[:, ::2] = x
-    assert torch.equal(conv_relu(wide[:, ::2], weight, bias, form=form), expected)
-    assert torch.equal(conv_relu(x[::2], weight, bias, form=form), expected[::2])
+    assert torch.equal(conv_relu(wide[:, ::2], weight, bias, algorithm=algorithm), expected)
+    assert torch.equal(conv_relu(x[::2], weight, bias, algorithm=algorithm), expected[::2])
 
 
-@pytest.mark.parametrize("form", FORMS)
-def test_empty(form):
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_empty(algorithm):
     x, weight, bias = sample((0, 16, 3, 3), 32, (2, 2))
-    assert conv_relu(x, weight, bias, form=form).shape == (0, 32, 2, 2)
+    assert conv_relu(x, weight, bias, algorithm=algorithm).shape == (0, 32, 2, 2)
 
 
-@pytest.mark.parametrize("form", FORMS)
-def test_two_runs_are_equal(form):
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_two_runs_are_equal(algorithm):
     x, weight, bias = sample((3, 32, 3, 3), 32, (3, 3), dtype=HALF)
-    runs = [conv_relu(x, weight, bias, *SAME, form=form) for _ in range(2)]
+    runs = [conv_relu(x, weight, bias, *SAME, algorithm=algorithm) for _ in range(2)]
     assert torch.equal(*runs)
 
 
@@ -207,11 +208,11 @@ def test_valid_taps():
 
 
 @pytest.mark.skipif(not interpreting(), reason="counts in the interpreter")
-@pytest.mark.parametrize("form", ["batch_tiled", "descriptors"])
+@pytest.mark.parametrize("algorithm", ["batch_tiled", "descriptors"])
 @pytest.mark.parametrize(
     "geometry", [SAME, PLAIN, ((2, 1), ((2, 0), (1, 2)), (1, 1), 1), ((1, 2), ((2, 2), (2, 2)), (2, 2), 2)]
 )
-def test_taps_in_the_padding_are_not_multiplied(geometry, form, monkeypatch):
+def test_taps_in_the_padding_are_not_multiplied(geometry, algorithm, monkeypatch):
     stride, padding, dilation, groups = geometry
     flops = []
     dot = InterpreterBuilder.create_dot
@@ -222,7 +223,7 @@ def test_taps_in_the_padding_are_not_multiplied(geometry, form, monkeypatch):
 
     monkeypatch.setattr(InterpreterBuilder, "create_dot", counted)
     x, weight, bias = sample((16, 96, 4, 5), 96, (3, 3), groups)
-    check(x, weight, bias, *geometry, form=form)
+    check(x, weight, bias, *geometry, algorithm=algorithm)
     taps = [
         valid_taps(size, 3, *rest)
         for size, rest in zip((4, 5), zip(stride, padding, dilation, strict=True), strict=True)
@@ -234,16 +235,16 @@ def test_taps_in_the_padding_are_not_multiplied(geometry, form, monkeypatch):
 
 
 @pytest.mark.skipif(not interpreting(), reason="counts in the interpreter")
-@pytest.mark.parametrize("form", FORMS)
-def test_every_sector_once(form):
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_every_sector_once(algorithm):
     """What `traffic` says of the convolutions of the catalogue."""
     x, weight, bias = sample((3, 32, 4, 3), 32, (3, 3), 2, dtype=HALF)
     with traffic.counting() as counted:
-        y = conv_relu(x, weight, bias, (1, 1), ONES, (1, 1), 2, form=form)
+        y = conv_relu(x, weight, bias, (1, 1), ONES, (1, 1), 2, algorithm=algorithm)
     read, written = (sum(launch[i] for launch in counted) for i in (1, 2))
     parts = sum(launch[2] for launch in counted[:-1])
     assert parts == (
-        4 * y.numel() * module.heuristic(form, 3, 12, tuple(weight.shape), 2, HALF, "ieee", 80).parts
+        4 * y.numel() * forward_config(algorithm, 3, 12, tuple(weight.shape), 2, HALF, "ieee", 80).split_k
         if len(counted) == 2
         else 0
     )
@@ -273,7 +274,7 @@ def meta(shape, dtype=HALF):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"form": "fft"}, "form must be one of .*got 'fft'"),
+        ({"algorithm": "fft"}, "algorithm must be one of .*got 'fft'"),
         ({"precision": "bf16x3"}, "precision must be 'ieee' or 'tf32', got 'bf16x3'"),
         ({"x": meta((16, 4, 4))}, r"x must have 4 dimensions, got shape \(16, 4, 4\)"),
         ({"weight": meta((16, 16, 3))}, "weight must have 4 dimensions"),
@@ -292,17 +293,17 @@ def meta(shape, dtype=HALF):
         ({"padding": ((0, 0), (0, -1))}, r"padding must be 0 or more, got \(0, 0, 0, -1\)"),
         ({"dilation": (2, 1)}, r"x must be at least as large as the window .*got \(4, 4\)"),
         ({"x": meta((2, 16, 0, 4)), "padding": ((2, 2), (0, 0))}, r"x must be at least .*got \(0, 4\)"),
-        ({"x": meta((2, 16, 70000, 2000))}, r"form 'batch_tiled' .*2\*\*31"),
+        ({"x": meta((2, 16, 70000, 2000))}, r"algorithm 'batch_tiled' .*2\*\*31"),
     ],
 )
 def test_bad_arguments(change, message):
-    arguments = {"x": meta((2, 16, 4, 4)), "weight": meta((16, 16, 3, 3)), "form": "batch_tiled", **change}
+    arguments = {"x": meta((2, 16, 4, 4)), "weight": meta((16, 16, 3, 3)), "algorithm": "batch_tiled", **change}
     with pytest.raises(ValueError, match=message):
         conv_relu(**arguments)
 
 
 @pytest.mark.parametrize(
-    ("form", "x", "weight", "reason"),
+    ("algorithm", "x", "weight", "reason"),
     [
         ("descriptors", meta((2, 24, 4, 4)), meta((16, 24, 3, 3)), "input channels .* multiples of 16, got 24"),
         ("descriptors", meta((2, 16, 4, 4)), meta((24, 16, 3, 3)), "output channels .* multiples of 16, got 24"),
@@ -311,21 +312,21 @@ def test_bad_arguments(change, message):
         ("split_k", meta((40000, 16, 300, 300)), meta((16, 16, 3, 3)), r"fewer than 2\*\*31 output pixels"),
     ],
 )
-def test_forms_say_what_they_cannot(form, x, weight, reason):
+def test_algorithms_say_what_they_cannot(algorithm, x, weight, reason):
     assert unsupported("batch_tiled", x, weight, *PLAIN) is None
-    with pytest.raises(ValueError, match=f"form '{form}' .*{reason}"):
-        conv_relu(x, weight, form=form)
+    with pytest.raises(ValueError, match=f"algorithm '{algorithm}' .*{reason}"):
+        conv_relu(x, weight, algorithm=algorithm)
 
 
 # ---- mutants, code
 
 
-@pytest.mark.parametrize("form", FORMS)
-def test_another_geometry_is_noticed(form):
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_another_geometry_is_noticed(algorithm):
     sampled = sample((2, 32, 4, 4), 32, (3, 3), 2)
     for wrong in (((1, 1), ((0, 2), (1, 1)), (1, 1), 2), ((1, 1), ((1, 1), (2, 0)), (1, 1), 2)):
         with pytest.raises(AssertionError, match="elements differ"):
-            check(*sampled, (1, 1), ONES, (1, 1), 2, form=form, against=wrong)
+            check(*sampled, (1, 1), ONES, (1, 1), 2, algorithm=algorithm, against=wrong)
 
 
 @triton.jit
@@ -339,40 +340,40 @@ def every_bit(start, size, TAPS: tl.constexpr, DILATION: tl.constexpr):
 
 
 @triton.jit
-def channels_only(r, s, c, s_first, s_stop, CHANNELS: tl.constexpr, DEPTH: tl.constexpr):
-    return r, s, (c + DEPTH) % CHANNELS
+def channels_only(r, s, c, s_first, s_stop, C_IN: tl.constexpr, BLOCK_K: tl.constexpr):
+    return r, s, (c + BLOCK_K) % C_IN
 
 
 @pytest.mark.skipif(not interpreting(), reason="a compiled kernel keeps the helpers that it was compiled with")
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
 @pytest.mark.parametrize(
     ("helper", "mutant"), [("tap_range", every_tap), ("tap_bits", every_bit), ("next_step", channels_only)]
 )
-def test_wrong_taps_are_noticed(helper, mutant, form, monkeypatch):
-    used = helper == "next_step" or (helper == "tap_bits") == (form in ("spatial", "split_k"))
+def test_wrong_taps_are_noticed(helper, mutant, algorithm, monkeypatch):
+    used = helper == "next_step" or (helper == "tap_bits") == (algorithm in ("spatial", "split_k"))
     if not used:
-        pytest.skip("not in this form")
+        pytest.skip("not in this algorithm")
     monkeypatch.setattr(module, helper, mutant)
     # an image in the middle of others: what is read by mistake is memory of this test
     x = last(torch.randn(5, 32, 4, 4))
     _, weight, bias = sample((1, 32, 4, 4), 32, (3, 3))
     with pytest.raises(AssertionError, match="elements differ"):
-        check(x[2:3], weight, bias, *SAME, form=form)
+        check(x[2:3], weight, bias, *SAME, algorithm=algorithm)
 
 
 def test_offsets_of_images_are_64_bit():
     """And nothing else is."""
-    types = {"x_ptr": "*fp16", "weight_ptr": "*fp16", "bias_ptr": "*fp16", "y_ptr": "*fp16"}
-    sizes = dict.fromkeys(("n", "h", "w", "oh", "ow", "image", "out_image"), "i32")
-    constants = {
-        "CHANNELS": 32, "FEATURES": 64, "GROUPS": 1, "R": 3, "S": 3, "STRIDE_H": 1, "STRIDE_W": 1, "TOP": 1,
-        "LEFT": 1, "DILATION_H": 1, "DILATION_W": 1, "ROWS": 64, "COLUMNS": 64, "COLUMNS_B": 0, "DEPTH": 32,
-        "DEPTH_B": 0, "RELU": True, "PRECISION": "ieee", "WIDEN": False,
-    }  # fmt: skip
-    spatial = {"pixels": "i32", **{name: sizes[name] for name in ("h", "w", "oh", "ow", "image")}}
+    pointers = dict.fromkeys(("weight", "bias_ptr"), "*fp16")
+    sizes = dict.fromkeys(("h", "w", "oh", "ow"), "i32")
+    shared = {"CONV": (32, 64, 1, 3, 3, 1, 1, 1, 1, 1, 1), "RELU": True, "PRECISION": "ieee"}
+    shared["TILE"] = Config(64, (64, 0), (32, 0), 4, 3).tile
+    absent = dict.fromkeys(("x_tail", "weight_k_tail", "weight_n_tail", "weight_tails", "y_tail"))
+    batch = pointers | {"x": "*fp16", "y": "*fp16", "n": "i32"} | sizes
+    spatial = {"x_ptr": "*fp16", "weight_ptr": "*fp16", "bias_ptr": "*fp16", "y_ptr": "*fp16", "pixels": "i32"} | sizes
+    where = "convolution.forward"
     jobs = {
-        "batch": ("conv_relu", "conv_relu_batch_kernel", types | sizes, constants, 80),
-        "spatial": ("conv_relu", "conv_relu_spatial_kernel", types | spatial, constants | {"PARTS": 1}, 80),
+        "batch": (where, "conv_relu_batch_kernel", batch, shared | absent | {"DESCRIPTORS": False}, 80),
+        "spatial": (where, "conv_relu_spatial_kernel", spatial, shared | {"SPLIT_K": 1}, 80),
     }
     for name, build in compiled(jobs).items():
         wide = [line for line in build["ttir"].splitlines() if "arith.muli" in line and "i64" in line]

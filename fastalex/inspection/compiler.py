@@ -11,7 +11,6 @@ target, the modules that the entry's operation imports, and the versions of Trit
 import contextlib
 import functools
 import hashlib
-import inspect
 import json
 import os
 import queue
@@ -26,6 +25,8 @@ from pathlib import Path
 
 import torch
 import triton
+
+from fastalex import kernels
 
 TARGETS = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942")
 
@@ -230,7 +231,7 @@ def measured_amdgcn(built):
 
 def compile_entry(name, target):
     """What each launch of an entry compiles to."""
-    from . import catalog
+    from fastalex.inspection import catalog
 
     entry = catalog.ENTRIES[name]
     triton.runtime.driver.set_active(NamedTarget(target))
@@ -265,7 +266,7 @@ def work():
         try:
             name, target = json.loads(line)
             if target == "traffic":
-                from . import traffic
+                from fastalex.inspection import traffic
 
                 answer = traffic.count(name)
             else:
@@ -281,8 +282,8 @@ import sys
 import torch
 if sys.argv[1] == "gfx942":
     torch.version.hip = "offline"  # launchers choose for AMD by it
-from fastalex.kernels import offline
-offline.work()
+from fastalex.inspection import compiler
+compiler.work()
 """
 
 
@@ -297,7 +298,7 @@ class Worker:
             "TRITON_INTERPRET": "1" if kind == "traffic" else "0",
             # empty: compile times are those of a compilation
             "TRITON_CACHE_DIR": self.directory.name,
-            "PYTHONPATH": os.pathsep.join([str(Path(__file__).resolve().parents[1]), *sys.path]),
+            "PYTHONPATH": os.pathsep.join([str(Path(__file__).resolve().parents[2]), *sys.path]),
             "OMP_NUM_THREADS": "1",
         }
         self.process = subprocess.Popen(
@@ -334,48 +335,46 @@ def kind_of(target):
     return target if target in ("gfx942", "traffic") else "nvidia"
 
 
-@functools.cache
+# the modules of the operations that are none themselves
+MODULES = {
+    "conv_relu": ["convolution.forward"],
+    "conv_backward": ["convolution.input_grad", "convolution.weight_grad"],
+}
+
+
 def text_of(module):
-    """The source of a module of this folder."""
-    return Path(__file__).with_name(f"{module}.py").read_text()
+    """The source of a module of the kernels' folder, as "convolution.forward"."""
+    return Path(kernels.__path__[0], *module.split(".")).with_suffix(".py").read_text()
 
 
 @functools.cache
 def imported(module):
-    """The modules of this folder that one of them imports, itself and the imports of imports included."""
+    """The kernels' modules that one of them imports, itself and the imports of imports included."""
     found, waiting = set(), [module]
     while waiting:
         name = waiting.pop()
         if name not in found:
             found.add(name)
-            text = text_of(name)
-            waiting += re.findall(r"^from \.(\w+) import", text, re.MULTILINE)
-            for names in re.findall(r"^from \. import ([\w, ]+)$", text, re.MULTILINE):
-                waiting += names.split(", ")
+            package, _, _ = name.rpartition(".")
+            for dots, inner, names in re.findall(r"^from (\.+)(\w*) import (.+)$", text_of(name), re.MULTILINE):
+                inside = f"{package}." if package and dots == "." else ""
+                waiting += [inside + one for one in ([inner] if inner else names.split(", "))]
     return found
 
 
 def sources(name, target):
-    """What the result of (entry, target) depends on in this folder, as text."""
-    from . import catalog
+    """What the result of (entry, target) depends on, as text: kernels, and what launches and reads them."""
+    from fastalex.inspection import catalog
 
     entry = catalog.ENTRIES.get(name)
     if entry is None:
         return ""
     # what a fused backward pass launches after its own kernel is in relu_bias_grad
-    modules = {"offline"} | imported(entry.operation) | imported("relu_bias_grad")
-    if target == "traffic":
-        modules.add("traffic")
-    parts = [repr(entry), str(catalog.BATCH), class_source(type(entry).__name__), *map(text_of, sorted(modules))]
-    return "".join(parts)
-
-
-@functools.cache
-def class_source(name):
-    """The source of a class of the catalogue."""
-    from . import catalog
-
-    return inspect.getsource(getattr(catalog, name))
+    operations = [*MODULES.get(entry.operation, [entry.operation]), "relu_bias_grad"]
+    modules = set().union(*map(imported, operations))
+    readers = ["compiler.py", "catalog.py", *(["traffic.py", "interpreter.py"] if target == "traffic" else [])]
+    texts = [Path(__file__).with_name(name).read_text() for name in readers]
+    return "".join([*texts, *map(text_of, sorted(modules))])
 
 
 def cache_file(name, target):
@@ -387,6 +386,7 @@ def cache_file(name, target):
 
 
 def write_atomically(path, text):
+    """Another process may write the same result at the same time."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
         file.write(text)
