@@ -265,6 +265,44 @@ def predict(
     console.print(f"wrote {out}", soft_wrap=True)
 
 
+def lpips(
+    first: Annotated[Path, tyro.conf.Positional],
+    second: Annotated[Path, tyro.conf.Positional],
+    net: Literal["alex", "vgg", "squeeze"] = "alex",
+    json: Path | None = None,
+    map: Path | None = None,
+    trunk: Path | None = None,
+    device: str | None = None,
+) -> None:
+    """How different two pictures look to people: their LPIPS distance (Zhang et al. 2018), 0 for equal ones.
+
+    Args:
+        first: A picture, or a folder of pictures.
+        second: A picture of the same size; or a folder with pictures of the same names, compared one by one.
+        net: Whose features are compared: "alex" is the authors' choice for such a number.
+        json: File for the distances and their mean.
+        map: File (PNG) for the two pictures and where they differ; of two folders, a folder of such files.
+        trunk: File of the network's ImageNet weights as torchvision has them; by default they are downloaded once.
+        device: cpu, cuda, cuda:1, ...; by default a GPU if there is one.
+    """
+    from fastalex.files import write_whole
+    from fastalex.lpips.command import compare, pairs_of
+    from fastalex.lpips.model import LPIPS
+    from fastalex.visualize.console import print_distances
+
+    pairs = pairs_of(first, second)
+    loss = LPIPS(net=net, trunk=trunk).to(find_device(device))
+    distances = list(compare(loss, pairs, map))
+    print_distances(distances)
+    if json is not None:
+        mean = sum(distance for _, distance in distances) / len(distances)
+        found = {"net": net, "version": loss.version, "mean": mean, "distances": dict(distances)}
+        write_whole(json, dumps(found, indent=2) + "\n")
+    written = [path for path in (json, map) if path is not None]
+    if written:
+        tell_written(written)
+
+
 def inspect(
     target: tuple[Literal["sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942"], ...] = ("sm_90",),
     dtype: tuple[Literal["fp16", "bf16", "fp32", "tf32"], ...] = ("fp16", "bf16", "fp32", "tf32"),
@@ -696,6 +734,7 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "train": train,
     "eval": evaluate,
     "predict": predict,
+    "lpips": lpips,
     "inspect": inspect,
     "bench": bench,
     "describe": describe,

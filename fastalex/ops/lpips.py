@@ -68,7 +68,9 @@ def conv_grad(
     grad: Tensor, weight: Tensor, size: Sequence[int], stride: int = 1, padding: int = 0, *, triton: bool
 ) -> Tensor:
     """The gradient of a convolution's input of this height and width; its values are not needed."""
-    input = grad.new_empty(1).expand(grad.shape[0], weight.shape[1], *size)
+    shape = (grad.shape[0], weight.shape[1], *size)
+    # memory that nobody reads; where the weight is 1x1 the library asks the input for the layout
+    input = images_last(shape, grad) if weight[0, 0].numel() == 1 else grad.new_empty(1).expand(shape)
     grad = grad.contiguous(memory_format=torch.channels_last)
     geometry = square(stride, padding)
     if triton:
