@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from fastalex import backend, gpu
+from fastalex.cpu import conv_relu as cpu_conv
 from fastalex.cpu import lpips as cpu_lpips
 from fastalex.cpu import max_pool
 from fastalex.gpu import convolution
@@ -68,16 +69,14 @@ def conv_grad(
     grad: Tensor, weight: Tensor, size: Sequence[int], stride: int = 1, padding: int = 0, *, triton: bool
 ) -> Tensor:
     """The gradient of a convolution's input of this height and width; its values are not needed."""
+    if not triton:
+        return cpu_conv.conv_input_grad(grad, weight, size, stride, padding)
     shape = (grad.shape[0], weight.shape[1], *size)
     # memory that nobody reads; where the weight is 1x1 the library asks the input for the layout
     input = images_last(shape, grad) if weight[0, 0].numel() == 1 else grad.new_empty(1).expand(shape)
     grad = grad.contiguous(memory_format=torch.channels_last)
-    geometry = square(stride, padding)
-    if triton:
-        out = convolution.gradients(grad, input, weight, *geometry, needs=(True, False))[0]
-        assert out is not None
-    else:
-        out = convolution.library_gradient(grad, input, weight, *geometry, of_input=True)
+    out = convolution.gradients(grad, input, weight, *square(stride, padding), needs=(True, False))[0]
+    assert out is not None
     return out.contiguous(memory_format=torch.channels_last)
 
 
