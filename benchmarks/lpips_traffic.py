@@ -101,17 +101,23 @@ def count(name: str, net: str, size: int = 256) -> tuple[Traffic, int]:
     return traffic, sum(size for pointer, size in kept.items() if pointer not in constant)
 
 
+def row(name: str, net: str, details: bool = False) -> str:
+    """A row of the table, with `details` followed by every kind of call."""
+    traffic, kept = count(name, net)
+    numbers = f"{traffic.bytes.total() / 1e6:,.1f} | {traffic.outside_convolutions() / 1e6:,.1f}"
+    lines = [f"| {net} | {name} | {numbers} | {traffic.calls.total()} | {kept / 1e6:.1f} |"]
+    if details:
+        for key, moved in traffic.bytes.most_common():
+            lines.append(f"    {key:40s} {moved / 1e6:9.2f} MB {traffic.calls[key]:4d} calls")
+    return "\n".join(lines)
+
+
 def main() -> None:
     print("| | | all, MB | outside convolutions, MB | launches | kept for backward, MB |")
     print("|---|---|---:|---:|---:|---:|")
     for net in ("alex", "vgg", "squeeze"):
         for name in ("eager-nchw", "fastalex"):
-            traffic, kept = count(name, net)
-            numbers = f"{traffic.bytes.total() / 1e6:,.1f} | {traffic.outside_convolutions() / 1e6:,.1f}"
-            print(f"| {net} | {name} | {numbers} | {traffic.calls.total()} | {kept / 1e6:.1f} |")
-            if "-v" in sys.argv:
-                for key, moved in traffic.bytes.most_common():
-                    print(f"    {key:40s} {moved / 1e6:9.2f} MB {traffic.calls[key]:4d} calls")
+            print(row(name, net, details="-v" in sys.argv))
 
 
 if __name__ == "__main__":

@@ -216,6 +216,18 @@ def lpips_bwd_kernel(
 
 
 @triton.jit
+def of_channel(scale_ptr, channel, VALUE: tl.constexpr, shift_ptr=None):
+    """(VALUE [+ shift]) / scale of the channel: three divisions for a program, two selections for an element."""
+    values = ()
+    for c in tl.static_range(3):
+        value = 1.0 * VALUE
+        if shift_ptr is not None:
+            value += tl.load(shift_ptr + c).to(tl.float32)
+        values = values + (value / tl.load(scale_ptr + c).to(tl.float32),)
+    return tl.where(channel == 0, values[0], tl.where(channel == 1, values[1], values[2]))
+
+
+@triton.jit
 def lpips_images_kernel(
     x_ptr,  # (N, 3, H, W), or (N, H, W, 3) with X_LAST
     y_ptr,  # the same, (N, H, W, 3) with Y_LAST
@@ -243,10 +255,9 @@ def lpips_images_kernel(
     else:
         source = channel * pixels + pixel
     base = image.to(tl.int64) * 3 * pixels
-    value = tl.load(x_ptr + base + source, mask=mask, other=0.0).to(tl.float32) * FACTOR
+    value = tl.load(x_ptr + base + source, mask=mask, other=0.0).to(tl.float32) * of_channel(scale_ptr, channel, FACTOR)
     if shift_ptr is not None:
-        value = (value - (FACTOR - 1)) - tl.load(shift_ptr + channel, mask=mask, other=0.0).to(tl.float32)
-    value = value / tl.load(scale_ptr + channel, mask=mask, other=1.0).to(tl.float32)
+        value -= of_channel(scale_ptr, channel, FACTOR - 1, shift_ptr)
     tl.store(y_ptr + base + at, value.to(y_ptr.dtype.element_ty), mask=mask)
 
 
