@@ -370,8 +370,9 @@ class LPIPS(nn.Module):
             image = image[(None,) * (4 - image.dim())]
         if image.dim() != 4 or image.shape[1] not in (1, 3):
             raise ValueError(f"{name} must be (N, 3, H, W), (N, 1, H, W), or without N, got shape {shape}")
-        smallest = TRUNKS[self.pnet_type].smallest()
-        if min(image.shape[2:]) < smallest:
+        trunk = TRUNKS[self.pnet_type]
+        if any(min(size) < 1 for size in trunk.sizes(image.shape[2:])):
+            smallest = trunk.smallest()
             raise ValueError(
                 f'{name} must be at least {smallest} x {smallest} for net="{self.pnet_type}", got shape {shape}'
             )

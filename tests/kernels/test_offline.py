@@ -177,15 +177,8 @@ LPIPS_BOUND = {
 LPIPS_NAMES = sorted({name.rsplit("/", 2)[0] for name, entry in catalog.ENTRIES.items() if entry.operation == "lpips"})
 LPIPS_QUICK = ("lpips-alex/relu1/lpips/forward", "lpips-alex/relu1/lpips/backward", "lpips-alex/relu3/lpips/backward")
 LPIPS_CASES = [
-    pytest.param(
-        name,
-        dtype,
-        target,
-        marks=() if (dtype, target) == ("fp16", "sm_90") and name in LPIPS_QUICK else pytest.mark.slow,
-    )
-    for name in LPIPS_NAMES
-    for dtype in catalog.DTYPES
-    for target in LPIPS_TARGETS
+    pytest.param(*case, marks=() if case[1:] == ("fp16", "sm_90") and case[0] in LPIPS_QUICK else pytest.mark.slow)
+    for case in itertools.product(LPIPS_NAMES, catalog.DTYPES, LPIPS_TARGETS)
 ]
 
 

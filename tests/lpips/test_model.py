@@ -328,3 +328,26 @@ def test_trunk_weights_as_torchvision_has_them(tmp_path, monkeypatch):
     for other in (fastalex.LPIPS(net="squeeze", trunk=tmp_path / "squeezenet.pth"), fastalex.LPIPS(net="squeeze")):
         assert torch.equal(other(a, b), loss(a, b))
     assert asked == ["https://download.pytorch.org/models/squeezenet1_1-b8a52dc0.pth"]
+
+
+def test_distributed_data_parallel():
+    """A generator with the loss inside, as people wrap them: frozen parameters are nothing to reduce."""
+
+    class Generator(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(3, 3, 3, padding=1)
+            self.loss = loss_of()
+
+        def forward(self, image, target):
+            return self.loss(self.conv(image), target).mean()
+
+    a, b = images(2, 3, 40, 40), images(2, 3, 40, 40)
+    plain = Generator()
+    expected = torch.autograd.grad(plain(a, b), plain.conv.weight)[0]
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        nn.parallel.DistributedDataParallel(plain)(a, b).backward()
+    finally:
+        torch.distributed.destroy_process_group()
+    assert torch.equal(plain.conv.weight.grad, expected)
