@@ -306,17 +306,15 @@ class LPIPS(nn.Module):
     def _trunk(self, image: Tensor) -> list[Tensor]:
         """The trunk's parameters, in the dtype of the computation."""
         found: list[Tensor] = list(self.net.parameters())
-        device = image.device.type
-        if device != "meta" and torch.is_autocast_enabled(device) and found[0].dtype != torch.float64:
-            dtype = torch.get_autocast_dtype(device)
-            return [parameter.to(dtype) for parameter in found]
-        return found
+        dtype = autocast_dtype(image)
+        if dtype is None or found[0].dtype == torch.float64:
+            return found
+        return [parameter.to(dtype) for parameter in found]
 
     def _result(self, distances: Tensor, size: Sequence[int], per_layer: bool) -> Any:
         """The package's shapes out of the operator's."""
         images = distances.shape[0]
-        autocast = torch.is_autocast_enabled(distances.device.type) if distances.device.type != "meta" else False
-        dtype = distances.dtype if autocast else self.scaling_layer.scale.dtype
+        dtype = self.scaling_layer.scale.dtype if autocast_dtype(distances) is None else distances.dtype
         if self.spatial:
             sizes = TRUNKS[self.pnet_type].feature_sizes(size)
             parts = distances.split([h * w for h, w in sizes], 1)
@@ -347,6 +345,8 @@ class LPIPS(nn.Module):
         found, lins = [], self._lins()
         for number, (a, b) in enumerate(zip(own, other, strict=True)):
             lin = lins[number] if lins else None
+            if autocast_dtype(a) is not None:
+                a, b = a.float(), b.float()
             if lin is not None and lin.drops:
                 distance = lin((unit_vectors(a) - unit_vectors(b)).square())
                 distance = distance if self.spatial else distance.mean((2, 3), keepdim=True)
@@ -379,9 +379,7 @@ class LPIPS(nn.Module):
         scale = self.scaling_layer.scale
         if image.device != scale.device:
             raise RuntimeError(f"{name} is on {image.device}, the weights are on {scale.device}")
-        device = image.device.type
-        autocast = device != "meta" and torch.is_autocast_enabled(device)
-        if torch.promote_types(image.dtype, scale.dtype) != scale.dtype and not autocast:
+        if torch.promote_types(image.dtype, scale.dtype) != scale.dtype and autocast_dtype(image) is None:
             raise RuntimeError(f"{name} is {image.dtype}, the weights are {scale.dtype}")
         if not image.is_floating_point():
             image = image.to(scale.dtype)
@@ -394,6 +392,14 @@ class LPIPS(nn.Module):
             slices = re.match(r"net\.slices\.(\d+)\.", name)
             state[f"net.slice{int(slices[1]) + 1}.{name[slices.end() :]}" if slices else name] = value
         return super().load_state_dict(state, strict, assign)
+
+
+def autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """The dtype of convolutions where autocast is on for the tensor's device."""
+    device = x.device.type
+    if device == "meta" or not torch.is_autocast_enabled(device):
+        return None
+    return torch.get_autocast_dtype(device)
 
 
 def upsample(x: Tensor, size: Sequence[int]) -> Tensor:
