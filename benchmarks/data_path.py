@@ -22,8 +22,9 @@ from PIL import Image
 
 from fastalex.data import sources
 from fastalex.data.augmentation import augment
+from fastalex.data.decode import decode
 from fastalex.data.image_sets import Folders
-from fastalex.data.pack import Chunk, decode, moments, pack, pack_chunk
+from fastalex.data.pack import Chunk, moments, pack, pack_chunk
 from fastalex.data.packed import PackedSet
 from fastalex.data.preprocessing import Preprocessing
 

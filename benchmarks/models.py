@@ -14,8 +14,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks import providers
 from benchmarks.harness import DTYPES, Case, Expected, Race, Run, check, device, tf32
 from fastalex import AlexNet, backend
-from fastalex.alexnet import Variant
 from fastalex.check.eager import eager_twin
+from fastalex.variants import Variant
 
 # pictures that are compared with the float64 reference
 CHECKED = 4

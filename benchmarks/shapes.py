@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from fastalex.alexnet import VARIANTS, Conv
+from fastalex.variants import VARIANTS, Conv
 
 # size, alpha, beta, k of the paper, as torch counts alpha
 NORM = (5, 5e-4, 0.75, 2.0)

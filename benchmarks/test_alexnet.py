@@ -8,7 +8,7 @@ from typing import Any
 from benchmarks.harness import Case, Race
 from benchmarks.models import inference_race, training_race
 from benchmarks.providers import MODEL, QUICK, TRAINING, entries
-from fastalex.alexnet import TORCHVISION, Conv, Variant
+from fastalex.variants import TORCHVISION, Conv, Variant
 
 BATCHES = (1, 16, 128, 1024)
 VARIANTS = ("paper", "torchvision", "caffenet")

@@ -1,9 +1,8 @@
 """Which implementation runs: the one seam between the functions and the kernels.
 
 ``auto`` (the default)
-    CUDA tensors take the Triton kernels, CPU tensors the cache-blocked PyTorch kernels of `fastalex.cpu`; whatever
-    those refuse (float64 on CUDA, other devices, no Triton installed) takes `fastalex.reference`, and each reason is
-    logged once.
+    CUDA tensors take the Triton kernels, CPU tensors `fastalex.cpu`; whatever the kernels refuse (float64 on CUDA,
+    other devices, no Triton installed) takes `fastalex.reference`, and each reason is logged once.
 ``triton``
     The Triton kernels run, on any device, or a `RuntimeError` says why not.  CPU tensors need Triton's interpreter
     (``TRITON_INTERPRET=1`` before the first import of a kernel).
@@ -21,8 +20,7 @@ import functools
 import importlib.util
 import logging
 import os
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -87,23 +85,6 @@ def _cannot_launch_on(device_type: str) -> str | None:
         f"Triton's active driver is {active} and the tensor is on {device_type}; "
         "set TRITON_INTERPRET=1 to run the kernels in Triton's interpreter"
     )
-
-
-def explain(function: Callable[..., Any], *args: Any, **kwargs: Any) -> str:
-    """What `function(*args, **kwargs)` would run: one line per operator and choice, with the reason.
-
-    function: one of `fastalex.functional`, a module or a whole model.  The call is traced on fake tensors: nothing is
-    computed or launched, and no memory is allocated.  The choices of the backward pass are listed as if every tensor
-    needed a gradient.
-
-        >>> print(fastalex.backend.explain(model, images))
-        conv2d_relu_pool: conv2d_relu by library (shipped default; not measured here: conv2d_relu: 96x27x27 -> ...)
-        ...
-    """
-    # the public name is beside `use`; the operators import this module
-    from fastalex.ops.explanation import explain as explain_call
-
-    return explain_call(function, *args, **kwargs)
 
 
 def takes_reference(operation: str, tensor: Tensor) -> bool:

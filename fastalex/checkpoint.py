@@ -21,9 +21,11 @@ from typing import Any
 import torch
 
 from fastalex import fields
-from fastalex.alexnet import METADATA_KEY, AlexNet, Variant, check_shapes
+from fastalex.alexnet import AlexNet
 from fastalex.data.preprocessing import Preprocessing
 from fastalex.files import replacing
+from fastalex.variants import Variant
+from fastalex.weights import METADATA_KEY, check_shapes
 
 MODEL, STATE, PREVIOUS_STATE = "model.safetensors", "state.pt", "state.previous.pt"
 STATE_FORMAT = 2
@@ -48,10 +50,10 @@ class ModelCard:
     def from_json(cls, text: str) -> ModelCard:
         """Raises ValueError, naming the field, for one that is missing, unknown or wrong."""
         found = fields.complete("the description", cls, json.loads(text))
-        looks = fields.complete("preprocessing", Preprocessing, found["preprocessing"])
-        looks |= {name: fields.listed(f"preprocessing.{name}", looks[name]) for name in ("mean", "std")}
+        values = fields.complete("preprocessing", Preprocessing, found["preprocessing"])
+        values |= {name: fields.listed(f"preprocessing.{name}", values[name]) for name in ("mean", "std")}
         try:
-            preprocessing = Preprocessing(**looks)
+            preprocessing = Preprocessing(**values)
         except ValueError as error:
             raise ValueError(f"preprocessing.{error}") from None
         classes = fields.listed("classes", found["classes"])

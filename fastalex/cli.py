@@ -7,20 +7,10 @@ One thin function per subcommand; what it needs is imported when it runs, so tha
 
 from __future__ import annotations
 
-import contextlib
-import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
-from json import dumps
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn, Union
-
-if TYPE_CHECKING:
-    import torch
-
-    from fastalex.data.image_sets import ImageSet
-    from fastalex.data.preprocessing import Preprocessing
+from typing import Annotated, Any, Literal, NoReturn, Union
 
 # import name -> why it can be missing: the `cli` extra installs all of them
 EXTRAS = ("PIL", "matplotlib", "rich", "safetensors", "torchvision", "tyro")
@@ -53,6 +43,7 @@ def demo(out: Path = Path("runs/demo"), epochs: int = 24, device: str | None = N
         device: cpu, cuda, cuda:1, ...; by default a GPU if there is one.
     """
     from fastalex.demo import run
+    from fastalex.devices import find_device
 
     run(out, epochs, find_device(device))
 
@@ -112,22 +103,10 @@ def train(
         save_steps: Write state.pt after this many steps, too.
         tensorboard: Write metrics for TensorBoard, too, into the output folder.
     """
-    import torch
+    from fastalex.training import launch
+    from fastalex.training.options import Options
 
-    from fastalex import distributed
-    from fastalex.alexnet import VARIANTS, AlexNet
-    from fastalex.checkpoint import STATE
-    from fastalex.data.image_sets import FashionMNIST
-    from fastalex.data.preprocessing import Preprocessing
-    from fastalex.training import loop, recipes
-    from fastalex.visualize.console import ProgressBar, console
-
-    chosen = recipes.RECIPES[recipe or ("demo" if variant in (None, "demo") else "paper")]
-    if variant is not None and variant != "demo":
-        chosen = replace(chosen, variant=VARIANTS[variant])
-    elif variant == "demo" or chosen is recipes.DEMO_RECIPE:
-        chosen = replace(chosen, variant=recipes.demo_variant(channels=1 if data is None else 3))
-    given: dict[str, Any] = {
+    changes = {
         "epochs": epochs,
         "batch_size": batch_size,
         "lr": lr,
@@ -135,46 +114,13 @@ def train(
         "amp": amp,
         "seed": seed,
     }
-    chosen = replace(chosen, **{name: value for name, value in given.items() if value is not None})
-    options = loop.Options(accumulate, compile, parallel, save_minutes, save_steps, tensorboard)
+    chosen = launch.choose_recipe(recipe, variant, channels=1 if data is None else 3, changes=changes)
+    options = Options(accumulate, compile, parallel, save_minutes, save_steps, tensorboard)
     if deterministic:
-        # cuBLAS reads it when it starts
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True)
-        torch.backends.cudnn.benchmark = False
-    where = find_device(device)
-    if distributed.launched():
-        if device is None and where.type == "cuda":
-            where = torch.device("cuda", distributed.local_rank())
-        workers = max(1, min(8, (os.cpu_count() or 1) // distributed.local_size())) if workers is None else workers
-    make = FashionMNIST.preprocessing_for if data is None else Preprocessing.for_photos
-    preprocessing = make(chosen.variant.in_channels, chosen.variant.crop)
-    images = open_images(data, preprocessing, splits=("train", "test"), workers=workers, on_error=on_error)
-    with distributed.process_group(where):
-        exists = distributed.from_rank_0((out / STATE).exists())
-        if exists and not resume and not distributed.restarted():
-            raise ValueError(f"{out} holds a run already: go on with --resume, or choose another folder with --out")
-        first = distributed.rank() == 0
-        if first:
-            if resume and not exists:
-                console.print(f"nothing to resume in {out}: starting from the beginning", soft_wrap=True)
-            processes = f", {distributed.size()} processes" if distributed.size() > 1 else ""
-            console.print(
-                f"{images.count('train'):,} training pictures of {len(images.classes)} classes, on {where}{processes}"
-            )
-        torch.manual_seed(chosen.seed)
-        model = AlexNet(len(images.classes), chosen.dropout, variant=chosen.variant)
-        model = model.to(where).to(memory_format=torch.channels_last)
-        bar = ProgressBar(chosen.epochs, images.count("train")) if first else contextlib.nullcontext()
-        try:
-            with bar as watcher:
-                loop.train(model, images, chosen, out, options=options, resume=exists, watcher=watcher)
-        except loop.Stopped as stopped:
-            if first:
-                console.print(f"{stopped}; the same command with --resume goes on with {out}", soft_wrap=True)
-            raise SystemExit(128 + stopped.signal) from None
-        if first:
-            console.print(f"wrote {out}", soft_wrap=True)
+        launch.deterministic()
+    where = launch.choose_device(device)
+    images = launch.choose_data(data, chosen, workers=workers, on_error=on_error)
+    launch.launch(chosen, images, where, out, options=options, resume=resume)
 
 
 def evaluate(
@@ -201,33 +147,18 @@ def evaluate(
         on_error: What a damaged picture in a folder does: "stop" ends with its path, "skip" reads every picture once
             before it starts, leaves out what cannot be read, and lists it.
     """
-    import json
+    from fastalex.evaluation import commands
 
-    import torch
-
-    from fastalex.evaluation.classifier import check_classes, load_classifier
-    from fastalex.evaluation.metrics import evaluate as scores_of
-    from fastalex.evaluation.report import as_json
-    from fastalex.files import write_whole
-    from fastalex.visualize import figures
-    from fastalex.visualize.console import console, print_classes, print_scores
-
-    if batch_size < 1:
-        raise ValueError(f"--batch-size must be at least 1, got {batch_size}")
-    model, card = load_classifier(weights)
-    images = open_images(data, card.preprocessing, splits=("test",), workers=workers, on_error=on_error)
-    check_classes(card, images.classes)
-    where = find_device(device)
-    confusion = torch.zeros(len(card.classes), len(card.classes), dtype=torch.int64, device=where)
-    scores = scores_of(model.to(where), images, batch_size=batch_size, ten_crop=crops == "ten", confusion=confusion)
-    confusion = confusion.cpu()
-    print_classes(confusion, card.classes)
-    print_scores(scores, images.count("test"))
-    if out is not None:
-        report = as_json(scores, confusion, card.classes, weights=weights, data=str(data or "sample"), crops=crops)
-        write_whole(out / "scores.json", json.dumps(report))
-        figures.confusion_matrix(confusion, card.classes, out / "confusion.png")
-        console.print(f"wrote {out / 'scores.json'} and {out / 'confusion.png'}", soft_wrap=True)
+    commands.evaluate(
+        weights,
+        data,
+        crops=crops,
+        out=out,
+        batch_size=batch_size,
+        device=device,
+        workers=workers,
+        on_error=on_error,
+    )
 
 
 def predict(
@@ -249,20 +180,9 @@ def predict(
         out: File (PNG) for the pictures with their classes as bars.
         device: cpu, cuda, cuda:1, ...; by default a GPU if there is one.
     """
-    from fastalex.data.photos import default_photos
-    from fastalex.evaluation.classifier import classify, load_classifier, read_picture
-    from fastalex.visualize import figures
-    from fastalex.visualize.console import console, print_predictions
+    from fastalex.evaluation import commands
 
-    if top < 1:
-        raise ValueError(f"--top must be at least 1, got {top}")
-    paths = images or default_photos()
-    model, card = load_classifier(weights)
-    pictures = [read_picture(path, card.preprocessing) for path in paths]
-    probabilities = classify(model.to(find_device(device)), pictures, card.preprocessing, ten_crop=ten_crop)
-    print_predictions([str(path) for path in images] or [path.name for path in paths], probabilities, card.classes, top)
-    figures.predictions(pictures, [path.name for path in paths], probabilities, card.classes, out, top)
-    console.print(f"wrote {out}", soft_wrap=True)
+    commands.predict(images, weights, top=top, ten_crop=ten_crop, out=out, device=device)
 
 
 def lpips(
@@ -285,22 +205,9 @@ def lpips(
         trunk: File of the network's ImageNet weights as torchvision has them; by default they are downloaded once.
         device: cpu, cuda, cuda:1, ...; by default a GPU if there is one.
     """
-    from fastalex.files import write_whole
-    from fastalex.lpips.command import compare, pairs_of
-    from fastalex.lpips.model import LPIPS
-    from fastalex.visualize.console import print_distances
+    from fastalex.lpips import commands
 
-    pairs = pairs_of(first, second)
-    loss = LPIPS(net=net, trunk=trunk).to(find_device(device))
-    distances = list(compare(loss, pairs, map))
-    print_distances(distances)
-    if json is not None:
-        mean = sum(distance for _, distance in distances) / len(distances)
-        found = {"net": net, "version": loss.version, "mean": mean, "distances": dict(distances)}
-        write_whole(json, dumps(found, indent=2) + "\n")
-    written = [path for path in (json, map) if path is not None]
-    if written:
-        tell_written(written)
+    commands.compare(first, second, net, trunk=trunk, json_file=json, maps=map, device=device)
 
 
 def inspect(
@@ -331,30 +238,12 @@ def inspect(
         compare: An older file of --json: what changed, and what is worse (spills, 5 % more instructions).
         chips: Print the constants of the model and their sources, and compile nothing.
     """
-    from fastalex.inspection import machine_code
+    from fastalex.inspection import commands
 
     if chips:
-        print(machine_code.plain(machine_code.chip_table()), end="")
+        commands.print_chips()
         return
-    old = None if compare is None else machine_code.load(compare)
-    names = machine_code.names(dtype, kernel, every)
-    found = machine_code.rows(names, target)
-    if json is not None:
-        machine_code.save(json, found)
-    if markdown is not None:
-        machine_code.write_tables(markdown, found)
-    if chart is not None:
-        from fastalex.visualize.kernels import modelled_times
-
-        modelled_times(found, chart)
-    if old is None:
-        print(machine_code.report(found), end="")
-        worse = []
-    else:
-        print(machine_code.comparison(old, found), end="")
-        worse = machine_code.regressions(old["rows"], found)
-    if worse or any("error" in row for row in found):
-        raise SystemExit(1)
+    commands.inspect(target, dtype, kernel, every=every, json=json, chart=chart, markdown=markdown, compare=compare)
 
 
 def describe(
@@ -371,18 +260,9 @@ def describe(
         json: File for the same numbers as JSON, in bytes and operations.
         chart: File (PNG) for a chart of them.
     """
-    from fastalex.describe import describe as description_of
-    from fastalex.files import write_whole
-    from fastalex.training.recipes import demo_variant
-    from fastalex.visualize import figures
-    from fastalex.visualize.console import print_description
+    from fastalex.visualize.describe import show
 
-    description = description_of(demo_variant() if variant == "demo" else variant, classes)
-    print_description(description)
-    if json is not None:
-        write_whole(json, dumps(description.to_dict(), indent=2) + "\n")
-    if chart is not None:
-        figures.layers(description, chart)
+    show(variant, classes, json_file=json, chart=chart)
 
 
 def pack(
@@ -406,26 +286,9 @@ def pack(
         workers: Processes that decode, 0 for this one alone; by default one per core.
         val_labels: Labels of a flat val/ folder, one line a picture, where they are not in a file of the usual name.
     """
-    from fastalex.data.pack import pack as pack_pictures
-    from fastalex.visualize.console import PackingBar, console
+    from fastalex.data import commands
 
-    try:
-        with PackingBar() as bar:
-            packed = pack_pictures(
-                source, target, size=size, workers=workers, on_error=on_error, val_labels=val_labels, progress=bar
-            )
-    except KeyboardInterrupt:
-        console.print("stopped; the same command goes on from here")
-        raise SystemExit(130) from None
-    counts = ", ".join(f"{count:,} {split}" for split, count in packed.pictures.items())
-    skipped = f"; {len(packed.failures):,} could not be read" if packed.failures else ""
-    ignored = f"; {packed.ignored:,} files are no pictures" if packed.ignored else ""
-    before = packed.resumed == sum(packed.pictures.values()) + len(packed.failures)
-    console.print(
-        f"{target} was packed before: {counts}{skipped}" if before else f"wrote {target}: {counts}{skipped}{ignored}",
-        highlight=False,
-        soft_wrap=True,
-    )
+    commands.pack(source, target, size=size, workers=workers, on_error=on_error, val_labels=val_labels)
 
 
 def verify(data: Annotated[Path, tyro.conf.Positional]) -> None:
@@ -434,10 +297,9 @@ def verify(data: Annotated[Path, tyro.conf.Positional]) -> None:
     Args:
         data: A folder that `fastalex pack` wrote.
     """
-    from fastalex.data.packed import verify as verify_packed
-    from fastalex.visualize.console import console
+    from fastalex.data import commands
 
-    console.print(f"{data}: {verify_packed(data) / 1e9:.2f} GB as they were written", highlight=False, soft_wrap=True)
+    commands.verify(data)
 
 
 def check() -> None:
@@ -469,26 +331,9 @@ def tune(
         out: Write this table instead of the user's, which is the one that runs take.
         device: cuda or cpu; by default a GPU if there is one.
     """
-    from fastalex.gpu.dispatch import table_path
-    from fastalex.gpu.tuning import Job, tune
+    from fastalex.gpu import commands
 
-    for size in batch_size:
-        if size < 1:
-            raise ValueError(f"--batch-size must be at least 1, got {size}")
-    where = find_device(device)
-    if where.type != "cuda":
-        raise ValueError(f"tune times kernels on a GPU, and the device here is {where}")
-    path = out or table_path()
-    for key, found in tune(Job(variant, dtype, batch_size, not inference), path):
-        if isinstance(found, str):
-            print(f"{key}: {found}")
-            continue
-        times = sorted(found.milliseconds.items(), key=lambda item: item[1])
-        print(key)
-        print("  " + ", ".join(f"{name} {ms:.3f} ms" for name, ms in times) + f" -> {found.candidate}")
-        for name, reason in found.refused.items():
-            print(f"  {name}: {reason}")
-    print(f"wrote {path}")
+    commands.tune(variant, dtype, batch_size, training=not inference, out=out, device=device)
 
 
 def bench(
@@ -510,16 +355,9 @@ def bench(
         keep: Folder for the small dated file (medians, ratios, machine), as benchmarks/results.
         readme: README.md of a checkout: its summary is renewed, and the whole table in docs/benchmarks.md beside it.
     """
-    from fastalex import results as kept
-    from fastalex.visualize.results import charts
+    from fastalex.visualize.results import report
 
-    result = kept.load(results)
-    written = [] if readme is None else kept.replace_tables(readme, result)
-    if keep is not None:
-        written.append(kept.save(result, keep))
-    for path in [*written, *charts(result, out)]:
-        print(f"wrote {path}", file=sys.stderr)
-    print(kept.markdown(result))
+    report(results, out, keep=keep, readme=readme)
 
 
 def visualize_filters(weights: str = PUBLISHED, out: Path = VISUALIZED) -> None:
@@ -529,10 +367,9 @@ def visualize_filters(weights: str = PUBLISHED, out: Path = VISUALIZED) -> None:
         weights: IMAGENET1K_V1 for torchvision's published weights, or a file, as for `fastalex predict`.
         out: Folder for the results.
     """
-    from fastalex.evaluation.classifier import load_classifier
     from fastalex.visualize import commands
 
-    tell_written(commands.filters(*load_classifier(weights), out))
+    commands.filters(weights, out)
 
 
 def visualize_activations(
@@ -551,13 +388,9 @@ def visualize_activations(
         out: Folder for the results.
         device: cpu, cuda, cuda:1, ...; by default a GPU if there is one.
     """
-    from fastalex.data.photos import default_photos
-    from fastalex.evaluation.classifier import load_classifier
     from fastalex.visualize import commands
 
-    paths = images or default_photos()
-    model, card = load_classifier(weights)
-    tell_written(commands.maps(model.to(find_device(device)), card, paths, layer, out))
+    commands.maps(weights, images, layer, out, device=device)
 
 
 def visualize_similar(
@@ -584,15 +417,9 @@ def visualize_similar(
         index: File for the features; by default index.safetensors in the output folder.
         device: cpu, cuda, cuda:1, ...; by default a GPU if there is one.
     """
-    from fastalex.evaluation.classifier import load_classifier
     from fastalex.visualize import commands
 
-    if count < 1:
-        raise ValueError(f"--count must be at least 1, got {count}")
-    model, card = load_classifier(weights)
-    file = index or out / "index.safetensors"
-    model = model.to(find_device(device))
-    tell_written(commands.similar_pictures(model, card, data, images, count, file, out, tell))
+    commands.similar_pictures(weights, images, data, count, out, index=index, device=device)
 
 
 def experiment_relu_vs_tanh(
@@ -617,13 +444,10 @@ def experiment_relu_vs_tanh(
         overwrite: Drop results in that folder.
         device: cpu, cuda, cuda:1, ...; by default a GPU if there is one.
     """
-    from fastalex.experiments import relu_vs_tanh
+    from fastalex.experiments import commands, relu_vs_tanh
 
-    where = str(find_device(device))
     options: dict[str, Any] = {"threshold": threshold, "iterations": iterations, "seeds": seeds, "overwrite": overwrite}
-    with told_how_to_go_on():
-        relu_vs_tanh.run(out, data, device=where, **options)
-    tell_results(out)
+    commands.run(relu_vs_tanh.run, out, data, device=device, **options)
 
 
 def experiment_ablation(
@@ -646,75 +470,9 @@ def experiment_ablation(
         overwrite: Drop results in that folder.
         device: cpu, cuda, cuda:1, ...; by default a GPU if there is one.
     """
-    from fastalex.experiments import ablation
+    from fastalex.experiments import ablation, commands
 
-    where = str(find_device(device))
-    with told_how_to_go_on():
-        ablation.run(out, data, epochs=epochs, seeds=seeds, overwrite=overwrite, device=where)
-    tell_results(out)
-
-
-@contextlib.contextmanager
-def told_how_to_go_on() -> Iterator[None]:
-    """Ctrl-C ends an experiment with a sentence and exit code 130."""
-    try:
-        yield
-    except KeyboardInterrupt:
-        tell("stopped; the same command, without --overwrite, goes on after the last finished run")
-        raise SystemExit(130) from None
-
-
-def tell_results(out: Path) -> None:
-    from rich.markdown import Markdown
-
-    from fastalex.visualize.console import console
-
-    console.print(Markdown((out / "table.md").read_text()))
-    tell_written([out / name for name in ("results.json", "table.md", "figure.png")])
-
-
-def tell_written(paths: Sequence[Path]) -> None:
-    tell("wrote " + ", ".join(map(str, paths)))
-
-
-def tell(line: str) -> None:
-    from fastalex.visualize.console import console
-
-    console.print(line, soft_wrap=True, highlight=False)
-
-
-def open_images(
-    data: Path | None,
-    preprocessing: Preprocessing,
-    *,
-    splits: tuple[str, ...],
-    workers: int | None,
-    on_error: Literal["stop", "skip"] = "stop",
-) -> ImageSet:
-    from fastalex.data.image_sets import FashionMNIST, Folders
-    from fastalex.data.packed import PackedSet, is_packed
-
-    if data is None:
-        return FashionMNIST(preprocessing)
-    if is_packed(data):
-        return PackedSet(data, preprocessing, splits=splits, threads=workers)
-    folders = Folders(data, preprocessing, splits=splits, workers=workers, on_error=on_error)
-    for path, reason in folders.unreadable:
-        tell(f"skipped {path}: {reason}")
-    return folders
-
-
-def find_device(name: str | None) -> torch.device:
-    """Raises ValueError for a device that PyTorch does not know or cannot reach."""
-    import torch
-
-    if name is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        torch.empty(0, device=name)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"--device {name} cannot be used: {error}") from None
-    return torch.device(name)
+    commands.run(ablation.run, out, data, device=device, epochs=epochs, seeds=seeds, overwrite=overwrite)
 
 
 def group(summary: str, commands: dict[str, Callable[..., Any]]) -> Callable[..., Any]:

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import torch
 
-from fastalex.alexnet import AlexNet
 from fastalex.data.image_sets import FashionMNIST
 from fastalex.evaluation.metrics import evaluate
 from fastalex.training.loop import train
+from fastalex.training.prepare import build_model
 from fastalex.training.recipes import DEMO_RECIPE
 from fastalex.visualize import figures
 from fastalex.visualize.console import ProgressBar, console, print_predictions, print_scores
@@ -26,15 +26,13 @@ def run(folder: Path = FOLDER, epochs: int = DEMO_RECIPE.epochs, device: torch.d
     """Train, classify, print and draw; everything goes to `folder`.  Returns the test accuracy."""
     recipe = replace(DEMO_RECIPE, epochs=epochs)
     data = FashionMNIST(FashionMNIST.preprocessing_for(recipe.variant.in_channels, recipe.variant.crop))
-    torch.manual_seed(recipe.seed)
-    model = AlexNet(len(data.classes), recipe.dropout, variant=recipe.variant)
-    model = model.to(device).to(memory_format=torch.channels_last)
+    model = build_model(recipe, len(data.classes), device)
     console.print(
         f"AlexNet with {sum(p.numel() for p in model.parameters()):,} parameters, "
         f"{data.count('train'):,} training and {data.count('test'):,} test pictures of {len(data.classes)} classes"
     )
-    with ProgressBar(epochs, data.count("train")) as watcher:
-        history = train(model, data, recipe, folder, watcher=watcher)
+    with ProgressBar(epochs, data.count("train")) as callback:
+        history = train(model, data, recipe, folder, callback=callback)
 
     scores = evaluate(model, data)
     # the test pictures are sorted by class, 100 of each: this stride visits the classes in turn

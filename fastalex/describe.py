@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastalex.alexnet import AlexNet, Variant, find_variant
+from fastalex.alexnet import AlexNet
+from fastalex.variants import Variant, find_variant
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from fastalex import backend, ops, reference
-from fastalex.kernels.geometry import MAX_CELLS, output_size
+from fastalex.kernels.geometry import MAX_CELLS, dense, output_size
 from fastalex.ops.common import call
 from fastalex.ops.geometry import Conv
 from fastalex.reference import IntOrPair, pair
@@ -333,7 +333,8 @@ def _conv2d_geometry(
                 before[i] = after[i] = border[i]
         border = border[0] - before[0], border[1] - before[1]
     if any(before) or any(after):
-        input = nn.functional.pad(input, (before[1], after[1], before[0], after[0]))
+        # packed first: where NaN meets padding, the layout that the library sees decides what comes out
+        input = nn.functional.pad(dense(input), (before[1], after[1], before[0], after[0]))
     return input, (steps, border, spread), groups
 
 

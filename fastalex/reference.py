@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastalex.kernels.geometry import output_size
+from fastalex.kernels.geometry import Pair, output_size
 
 IntOrPair = int | Sequence[int]
 
@@ -122,7 +122,14 @@ def max_pool2d(
         pool: Any = F.max_pool2d_with_indices if return_indices else F.max_pool2d
         return pool(input, kernel_size, stride, padding, dilation, ceil_mode)
     window, step = pair(kernel_size), pair(kernel_size if stride is None else stride)
-    border, spread = pair(padding), pair(dilation)
+    output, _, indices = pooled_cells(input, window, step, pair(padding), pair(dilation), ceil_mode)
+    return (output, indices) if return_indices else output
+
+
+def pooled_cells(
+    input: Tensor, window: Pair, step: Pair, border: Pair, spread: Pair, ceil_mode: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`max_pool2d` of (N, C, H, W); which cell of its window, in row-major order, each maximum is; and its index."""
     height, width = input.shape[2:]
     out_h, out_w = output_size((height, width), window, step, border, spread, ceil_mode)
     (rows, columns), (stride_h, stride_w), (pad_h, pad_w), (dilation_h, dilation_w) = window, step, border, spread
@@ -145,10 +152,8 @@ def max_pool2d(
         first = ((cells == maximum) & inside).to(torch.uint8).argmax(-1, keepdim=True)
         last_nan = index.shape[-1] - 1 - nan.flip(-1).to(torch.uint8).argmax(-1, keepdim=True)
         cell = torch.where(nan.any(-1, keepdim=True), last_nan, first)
-    output = cells.gather(-1, cell).squeeze(-1)
-    if not return_indices:
-        return output
-    return output, index.expand(cells.shape).gather(-1, cell).squeeze(-1)
+    indices = index.expand(cells.shape).gather(-1, cell)
+    return cells.gather(-1, cell).squeeze(-1), cell.squeeze(-1), indices.squeeze(-1)
 
 
 def lrn_max_pool2d(

@@ -95,11 +95,7 @@ def augment_kernel(
     SCALE: tl.constexpr,  # 3 numbers
     SHIFT: tl.constexpr,  # 3 numbers: -mean / std
     AXES: tl.constexpr,  # 9 numbers: axes[k][c] / std_c, by k
-    SQUARE: tl.constexpr,  # of a block; 1 for none
-    TOP: tl.constexpr,  # padding before the crop's first row and column, 0 without blocks
-    LEFT: tl.constexpr,
-    ROWS_OUT: tl.constexpr,
-    COLUMNS_OUT: tl.constexpr,
+    BLOCKS: tl.constexpr,  # SQUARE pixels a side, 1 for none; TOP and LEFT padding; ROWS_OUT and COLUMNS_OUT of them
     PIXELS: tl.constexpr,  # in a row of an item
     ROWS: tl.constexpr,  # of an item
     PROGRAMS: tl.constexpr,  # per picture
@@ -109,6 +105,11 @@ def augment_kernel(
     BLOCK: tl.constexpr,
 ):
     """An item is PIXELS neighbouring pixels of ROWS rows: 3 * PIXELS * ROWS neighbours in y, in either layout."""
+    SQUARE: tl.constexpr = BLOCKS[0]
+    TOP: tl.constexpr = BLOCKS[1]
+    LEFT: tl.constexpr = BLOCKS[2]
+    ROWS_OUT: tl.constexpr = BLOCKS[3]
+    COLUMNS_OUT: tl.constexpr = BLOCKS[4]
     VALUES: tl.constexpr = 3 * PIXELS * ROWS
     ITEMS: tl.constexpr = ROWS_OUT * COLUMNS_OUT * SQUARE * SQUARE // (PIXELS * ROWS)
     PICTURE: tl.constexpr = HEIGHT * WIDTH * 3
@@ -231,11 +232,7 @@ def augment(x, index, seed, size, mean, std, axes, *, block=1, padding=((0, 0), 
         SCALE=tuple(1 / (255 * s) for s in std),
         SHIFT=tuple(-m / s for m, s in zip(mean, std, strict=True)),
         AXES=tuple(value / s for axis in axes for value, s in zip(axis, std, strict=True)),
-        SQUARE=block,
-        TOP=top,
-        LEFT=left,
-        ROWS_OUT=rows,
-        COLUMNS_OUT=columns,
+        BLOCKS=(block, top, left, rows, columns),
         PIXELS=item_pixels,
         ROWS=item_rows,
         PROGRAMS=programs,

@@ -128,14 +128,9 @@ class Window:
             )
 
     @property
-    def constants(self) -> dict[str, int]:
-        """The kernels' constexpr arguments, padding apart."""
-        (rows, columns), (sh, sw), (dh, dw) = self.kernel_size, self.stride, self.dilation
-        return {"ROWS": rows, "COLUMNS": columns, "SH": sh, "SW": sw, "DH": dh, "DW": dw}
-
-    @property
-    def padding_constants(self) -> dict[str, int]:
-        return {"PH": self.padding[0], "PW": self.padding[1]}
+    def flat(self) -> tuple[int, ...]:
+        """Rows, columns, then stride, padding and dilation, height and width each: the kernels' WINDOW."""
+        return (*self.kernel_size, *self.stride, *self.padding, *self.dilation)
 
     @property
     def is_3x3_stride_2(self) -> bool:

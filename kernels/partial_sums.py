@@ -15,6 +15,8 @@ THREADS = 128
 # Elements of a program's tile, at most 128 rows of them: 8 columns are one 32-byte sector of each row.
 TILE = 1024
 MAX_ROWS = 128
+# From here on there are programs enough without sharing the rows of a column.
+LONG = 16 * TILE
 # Tiles that one program adds, all of them in flight at once: 16 loads of 16 bytes per thread.
 MAX_STEPS = 8
 # Four for each of 132 multiprocessors.
@@ -34,17 +36,24 @@ def sum_partials_kernel(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """A program adds STEPS blocks of rows of one block of columns; no load waits for another."""
+    """A program adds STEPS blocks of ROWS rows of one block of columns; no load waits for another."""
     blocks = tl.cdiv(length, COLUMNS)
     chunk = tl.program_id(0) // blocks
     c = (tl.program_id(0) - chunk * blocks).to(tl.int64) * COLUMNS + tl.arange(0, COLUMNS)
-    first = chunk * (STEPS * ROWS) + tl.arange(0, ROWS)
-    tile = tl.zeros([ROWS, COLUMNS], tl.float32)
-    for step in tl.static_range(STEPS):
-        p = first + step * ROWS
-        mask = (p < count)[:, None] & (c < length)[None, :]
-        tile += tl.load(partials_ptr + p.to(tl.int64)[:, None] * length + c[None, :], mask=mask, other=0.0)
-    total = tl.sum(tile, 0)
+    if ROWS == 1:
+        # a thread keeps its columns: nothing is exchanged, and they are stored as wide as they are loaded
+        total = tl.zeros([COLUMNS], tl.float32)
+        for step in tl.static_range(STEPS):
+            p = (chunk * STEPS + step).to(tl.int64)
+            total += tl.load(partials_ptr + p * length + c, mask=(c < length) & (p < count), other=0.0)
+    else:
+        first = chunk * (STEPS * ROWS) + tl.arange(0, ROWS)
+        tile = tl.zeros([ROWS, COLUMNS], tl.float32)
+        for step in tl.static_range(STEPS):
+            p = first + step * ROWS
+            mask = (p < count)[:, None] & (c < length)[None, :]
+            tile += tl.load(partials_ptr + p.to(tl.int64)[:, None] * length + c[None, :], mask=mask, other=0.0)
+        total = tl.sum(tile, 0)
     if bias_ptr is not None:
         total += tl.load(bias_ptr + c % features, mask=c < length, other=0.0).to(tl.float32)
     if RELU:
@@ -63,7 +72,8 @@ def sum_partials(partials, bias=None, *, relu=False, dtype=torch.float32):
         return torch.empty(0, dtype=dtype, device=partials.device)
     if not count:
         partials, count = partials.new_zeros(1, length), 1
-    rows = min(MAX_ROWS, triton.next_power_of_2(count))
+    # parts of a whole tensor are few and long, partial sums of channels many and short
+    rows = 1 if count <= MAX_STEPS * MAX_STEPS and length >= LONG else MAX_ROWS
     columns = TILE // rows
     blocks = triton.cdiv(length, columns)
     while True:

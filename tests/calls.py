@@ -8,7 +8,7 @@ import torch
 
 import fastalex
 from fastalex import functional as F
-from fastalex.alexnet import Conv, Variant
+from fastalex.variants import Conv, Variant
 
 NORM = F.ResponseNorm(5, 0.5, 0.75, 2.0)
 CONV = [(2, 8, 9, 9), (16, 4, 3, 3), (16,)]

@@ -16,9 +16,9 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 import fastalex
-from fastalex.alexnet import Conv, Variant
 from fastalex.functional import ResponseNorm
 from fastalex.parallel import one_weird_trick
+from fastalex.variants import Conv, Variant
 
 WORLD = 2
 IMAGES = 3  # of each process

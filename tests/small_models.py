@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from fastalex.alexnet import VARIANTS, Conv, Variant
+from fastalex.variants import VARIANTS, Conv, Variant
 
 
 def narrow(name: str, divisor: int = 8) -> Variant:

@@ -5,12 +5,13 @@ from dataclasses import replace
 import torch
 
 from fastalex import AlexNet
-from fastalex.alexnet import Conv, Variant
 from fastalex.data.image_sets import epoch_generator
 from fastalex.data.preprocessing import Preprocessing
 from fastalex.functional import ResponseNorm
 from fastalex.training import loop
+from fastalex.training.options import Options
 from fastalex.training.recipes import Recipe
+from fastalex.variants import Conv, Variant
 
 TINY = Variant(
     "tiny",
@@ -62,13 +63,13 @@ class Wide(AlexNet):
 
 
 def run(folder, recipe=RECIPE, *, data=None, wide=False, **options):
-    """(model, lines of metrics.jsonl) of a run; `options` are those of `loop.train` and of `loop.Options`."""
-    mine = {name: options.pop(name) for name in ("resume", "watcher") if name in options}
+    """(model, lines of metrics.jsonl) of a run; `options` are those of `loop.train` and of `Options`."""
+    mine = {name: options.pop(name) for name in ("resume", "callback") if name in options}
     data = data or Pictures()
     torch.manual_seed(recipe.seed)
     model = (Wide if wide else AlexNet)(len(data.classes), recipe.dropout, variant=recipe.variant)
     model = model.double() if wide else model
-    return model, loop.train(model, data, recipe, folder, options=loop.Options(**options), **mine)
+    return model, loop.train(model, data, recipe, folder, options=Options(**options), **mine)
 
 
 def without_timings(history):

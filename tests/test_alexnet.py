@@ -1,9 +1,7 @@
-"""The variants: parameters, wiring against torch.nn built by hand, weights in and out."""
+"""The variants: parameters, wiring against torch.nn built by hand, what hooks see and what backward keeps."""
 
 import copy
 import pickle
-import sys
-from dataclasses import replace
 
 import pytest
 import torch
@@ -12,9 +10,8 @@ from small_models import Plain, narrow
 from torch import nn
 
 import fastalex
-from fastalex.alexnet import TORCHVISION, VARIANTS, Conv, Variant, alexnet, fitting_variants
-from fastalex.data.preprocessing import Preprocessing
 from fastalex.functional import ResponseNorm
+from fastalex.variants import TORCHVISION, VARIANTS, Conv, Variant
 
 PARAMETERS = {
     "paper": 60_965_224,
@@ -248,6 +245,15 @@ def test_copies():
         assert torch.equal(twin(x), model(x))
 
 
+def test_a_model_saved_when_the_variants_lay_beside_it():
+    """torch.save of a whole model names its classes by their modules."""
+    model = fastalex.AlexNet(4, variant=narrow("paper"))
+    saved = pickle.dumps(model, protocol=2)
+    old = saved.replace(b"cfastalex.variants\n", b"cfastalex.alexnet\n")
+    assert old.count(b"cfastalex.alexnet\n") > saved.count(b"cfastalex.alexnet\n")
+    assert pickle.loads(old).variant == model.variant
+
+
 def test_input_of_the_wrong_shape():
     model = fastalex.AlexNet(4, variant=narrow("paper"))
     with pytest.raises(ValueError, match=r"input must be \(N, 3, H, W\), got shape \(1, 1, 224, 224\)"):
@@ -257,105 +263,6 @@ def test_input_of_the_wrong_shape():
 def test_unknown_variant():
     with pytest.raises(ValueError, match=r"variant must be one of paper, code2012, .* got 'vgg'"):
         fastalex.AlexNet(variant="vgg")
-
-
-@pytest.fixture
-def small(monkeypatch):
-    """Narrow twins in the place of the variants, so that files of weights stay small."""
-    twins = {name: Variant(**{**vars(narrow(name)), "name": name}) for name in VARIANTS}
-    monkeypatch.setattr(sys.modules["fastalex.alexnet"], "VARIANTS", twins)
-    return twins
-
-
-def test_pth_round_trip(small, tmp_path):
-    model = fastalex.AlexNet(7, variant="torchvision")
-    torch.save(model.state_dict(), tmp_path / "weights.pth")
-    loaded = alexnet(tmp_path / "weights.pth")
-    assert loaded.variant.name == "torchvision"
-    assert loaded.num_classes == 7
-    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), loaded.parameters(), strict=True))
-
-
-def test_safetensors_round_trip_with_its_variant(small, tmp_path):
-    safetensors = pytest.importorskip("safetensors.torch")
-    model = fastalex.AlexNet(7, variant="bvlc_alexnet")
-    state = {key: value.contiguous() for key, value in model.state_dict().items()}
-    safetensors.save_file(state, tmp_path / "weights.safetensors", {"variant": "bvlc_alexnet"})
-    assert alexnet(tmp_path / "weights.safetensors").variant.name == "bvlc_alexnet"
-    with pytest.raises(ValueError, match='are of variant "bvlc_alexnet", not "paper"'):
-        alexnet(tmp_path / "weights.safetensors", variant="paper")
-
-
-def test_a_variant_of_ones_own(tmp_path):
-    """Listed nowhere: the file describes it, or only names it, and then the caller must bring it."""
-    safetensors = pytest.importorskip("safetensors.torch")
-    card = pytest.importorskip("fastalex.checkpoint").ModelCard
-    own = replace(narrow("paper"), name="own")
-    model = fastalex.AlexNet(3, variant=own)
-    state = {key: value.contiguous() for key, value in model.state_dict().items()}
-    described = card(own, ("a", "b", "c"), Preprocessing.for_photos(3, 224)).to_json()
-    safetensors.save_file(state, tmp_path / "own.safetensors", {"variant": "own", "fastalex": described})
-    loaded = alexnet(tmp_path / "own.safetensors")
-    assert loaded.variant == own
-    assert torch.equal(loaded.classifier[6].weight, model.classifier[6].weight)
-    with pytest.raises(ValueError, match='are of variant "own", not "paper"'):
-        alexnet(tmp_path / "own.safetensors", variant="paper")
-    safetensors.save_file(state, tmp_path / "named.safetensors", {"variant": "own"})
-    with pytest.raises(ValueError, match=r'variant "own", which is none of paper, .* call alexnet\(weights, variant='):
-        alexnet(tmp_path / "named.safetensors")
-    assert alexnet(tmp_path / "named.safetensors", variant=own).variant == own
-
-
-def test_wrong_variant_is_named(small, tmp_path):
-    torch.save(fastalex.AlexNet(7, variant="torchvision").state_dict(), tmp_path / "weights.pth")
-    with pytest.raises(ValueError, match='fit variant "torchvision", not "paper"'):
-        alexnet(tmp_path / "weights.pth", variant="paper")
-
-
-def test_wrong_class_count_is_named(small, tmp_path):
-    torch.save(fastalex.AlexNet(7, variant="torchvision").state_dict(), tmp_path / "weights.pth")
-    with pytest.raises(ValueError, match=r"num_classes is 1000, but the weights .* have 7 classes"):
-        alexnet(tmp_path / "weights.pth", num_classes=1000)
-
-
-def test_weights_that_are_not_there():
-    with pytest.raises(FileNotFoundError, match=r"IMAGENET1K_V1, DEFAULT or an existing file, got 'nowhere\.pth'"):
-        alexnet("nowhere.pth")
-
-
-def test_pickled_code_is_not_run(tmp_path):
-    torch.save(nn.Linear(2, 2), tmp_path / "model.pth")
-    with pytest.raises(
-        ValueError, match=r"weights_only=True: Unsupported global: GLOBAL torch\.nn\.modules\.linear\.Linear"
-    ):
-        alexnet(tmp_path / "model.pth")
-
-
-def test_weights_of_another_network(small, tmp_path):
-    torch.save(nn.Linear(2, 2).state_dict(), tmp_path / "weights.pth")
-    with pytest.raises(ValueError, match="fit no variant of AlexNet"):
-        alexnet(tmp_path / "weights.pth")
-
-
-def test_names_of_torchvisions_weights(monkeypatch):
-    torchvision = pytest.importorskip("torchvision")
-    with torch.device("meta"):
-        state = fastalex.AlexNet(variant="torchvision").state_dict()
-    asked = []
-    monkeypatch.setattr(torch.hub, "load_state_dict_from_url", lambda url, **kw: asked.append((url, kw)) or state)
-    from fastalex.alexnet import load_weights
-
-    weights = torchvision.models.AlexNet_Weights.IMAGENET1K_V1
-    for name in ("DEFAULT", "IMAGENET1K_V1", weights):
-        assert load_weights(name)[1] == "torchvision"
-    assert {url for url, _ in asked} == {weights.url}
-    assert all(kw["weights_only"] and kw["check_hash"] for _, kw in asked)
-
-
-def test_every_variant_fits_itself():
-    with torch.device("meta"):
-        for name in VARIANTS:
-            assert name in fitting_variants(fastalex.AlexNet(12, variant=name).state_dict())
 
 
 def test_custom_variant_is_data():
@@ -439,10 +346,8 @@ EDITS = {
 
 @pytest.mark.parametrize("edit", EDITS.values(), ids=EDITS)
 @pytest.mark.parametrize("layer", ["features.0", "features.3", "features.6", "classifier.1", "classifier.6"])
-@pytest.mark.parametrize("kind", ["AlexNet", "fused"])
-def test_inference_sees_every_edit(kind, layer, edit):
-    model = fastalex.fuse(Plain()) if kind == "fused" else fastalex.AlexNet(4, variant=narrow("torchvision"))
-    model, x = model.eval(), torch.randn(2, 3, 64, 64)
+def test_inference_sees_every_edit(layer, edit):
+    model, x = fastalex.AlexNet(4, variant=narrow("torchvision")).eval(), torch.randn(2, 3, 64, 64)
     with torch.no_grad():
         for _ in range(3):
             before = model(x)
@@ -556,7 +461,6 @@ FORCED = {
 @pytest.mark.parametrize("name", ["paper", "torchvision"])
 def test_every_triton_candidate_runs_the_model(name, form):
     """Forward and backward with Triton's convolutions, against the reference in float64."""
-    from fastalex.backend import explain
     from fastalex.gpu import dispatch
     from fastalex.kernels.registers import interpreting
 
@@ -579,7 +483,7 @@ def test_every_triton_candidate_runs_the_model(name, form):
             dispatch.force("conv2d_input_grad", input_grad, "triton"),
             dispatch.force("conv2d_weight_grad", conv1_grad, input_grad, "triton"),
         ):
-            lines = [line for line in explain(model, x).splitlines() if ": conv2d" in line]
+            lines = [line for line in fastalex.choices.explain(model, x).splitlines() if ": conv2d" in line]
             forward = [line for line in lines if ": conv2d_relu by" in line]
             assert [f"by space_to_depth_{form}" in line for line in forward] == [True] + [False] * 4
             assert all(f"by triton_{form}" in line for line in forward[1:])

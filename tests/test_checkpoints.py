@@ -8,10 +8,11 @@ import torch
 from small_models import narrow
 
 import fastalex
-from fastalex.alexnet import VARIANTS, Variant, alexnet
 from fastalex.checkpoint import METADATA_KEY, ModelCard, load_model, load_state, save_model
 from fastalex.data.preprocessing import Preprocessing
 from fastalex.training.recipes import demo_variant
+from fastalex.variants import VARIANTS, Variant
+from fastalex.weights import alexnet
 
 
 @pytest.fixture(scope="module")

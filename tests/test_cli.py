@@ -15,9 +15,9 @@ import torch
 from PIL import Image
 
 from fastalex import cli
-from fastalex.alexnet import VARIANTS
 from fastalex.data import fashion_mnist, photos
 from fastalex.training import recipes
+from fastalex.variants import VARIANTS
 from fastalex.visualize import console, figures
 
 

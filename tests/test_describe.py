@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 from fastalex import AlexNet
-from fastalex.alexnet import VARIANTS
 from fastalex.describe import _torch_layers, describe
+from fastalex.variants import VARIANTS
 
 
 @pytest.fixture(scope="module")

@@ -15,11 +15,11 @@ from torch import nn
 import fastalex
 from fastalex import backend
 from fastalex import functional as F
+from fastalex.choices import dispatched, operator_calls
 from fastalex.gpu import convolution, dispatch
 from fastalex.gpu.convolution import CONV2D_RELU
 from fastalex.gpu.dispatch import Candidate, Measurement, Operation
 from fastalex.gpu.tuning import tune_model
-from fastalex.ops.explanation import dispatched, operator_calls
 
 
 def yes(*args):
@@ -447,7 +447,7 @@ def test_tuning_a_model_fills_the_table(monkeypatch):
         assert all("cudnn_convolution_relu" in m.refused for m in found.values())
         assert all(m.candidate != "library" for m in found.values())
         dispatch.forget()
-        line = backend.explain(model, images).splitlines()[0]
+        line = fastalex.choices.explain(model, images).splitlines()[0]
         assert "conv2d_relu by library" not in line
         assert "measured at batch 2" in line
 
@@ -468,9 +468,9 @@ def nothing_runs(monkeypatch):
 def test_explain_says_what_a_model_takes_without_running_it(nothing_runs):
     model = fastalex.AlexNet(10)
     images = torch.empty(2, 3, 224, 224)
-    assert "conv2d_relu: fastalex.cpu, for CPU tensors" in backend.explain(model, images)
+    assert "conv2d_relu: fastalex.cpu, for CPU tensors" in fastalex.choices.explain(model, images)
     with backend.use("triton"):
-        lines = backend.explain(model, images).splitlines()
+        lines = fastalex.choices.explain(model, images).splitlines()
         assert [line.split(" (")[0] for line in lines] == [
             line
             for i, name in enumerate(["conv2d_relu_pool"] * 2 + ["conv2d_relu"] * 2 + ["conv2d_relu_pool"])
@@ -483,21 +483,21 @@ def test_explain_says_what_a_model_takes_without_running_it(nothing_runs):
         assert "not measured here: conv2d_relu: 384x13x13 -> 384, kernel 3x3" in lines[9]
         model.eval()
         assert (
-            backend.explain(model, images)
+            fastalex.choices.explain(model, images)
             .splitlines()[-1]
             .startswith("linear_relu_dropout: linear_relu by library (shipped default;")
         )
         with dispatch.force("conv2d_relu", "triton_descriptors"):
-            first = backend.explain(F.conv2d_relu, images, model.features[0].weight, stride=4).splitlines()[0]
+            first = fastalex.choices.explain(F.conv2d_relu, images, model.features[0].weight, stride=4).splitlines()[0]
         assert "no forced candidate can run: triton_descriptors: " in first
     with backend.use("reference"):
-        assert backend.explain(model, images) == "no operator of fastalex runs (backend reference)"
+        assert fastalex.choices.explain(model, images) == "no operator of fastalex runs (backend reference)"
 
 
 def test_explain_names_what_is_missing(monkeypatch):
     monkeypatch.setattr(backend, "HAS_TRITON", False)
     with backend.use("triton"):
-        text = backend.explain(Convolution(), torch.empty(1, 8, 5, 5), torch.empty(8, 8, 3, 3))
+        text = fastalex.choices.explain(Convolution(), torch.empty(1, 8, 5, 5), torch.empty(8, 8, 3, 3))
     assert text == "conv2d_relu: cannot run: the triton package is not installed"
 
 

@@ -49,6 +49,35 @@ print(fastalex.HAS_TRITON)
     assert python(script) == "False"
 
 
+def backend_of_dynamo(*first, **environment):
+    """The report of a compilation by name, after these statements; standard error is where TORCH_LOGS writes."""
+    script = """
+import torch
+compiled = torch.compile(torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.ReLU()), backend="fastalex")
+compiled(torch.randn(1, 3, 5, 5))
+assert "fastalex" in torch.compiler.list_backends()
+"""
+    command = [sys.executable, "-c", "\n".join(first) + script]
+    environment = {**os.environ, "TORCH_LOGS": "fastalex", **environment}
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "0 (Conv2d) + 1 (ReLU) -> fastalex.functional.conv2d_relu" in done.stderr
+
+
+def test_an_import_tells_dynamo_the_backend_and_does_not_import_it():
+    backend_of_dynamo("import sys, fastalex", "assert 'torch._dynamo' not in sys.modules")
+
+
+def test_an_installed_package_need_not_be_imported(tmp_path):
+    text = (ROOT / "pyproject.toml").read_text()
+    (entry,) = re.findall(r"^\[project.entry-points.(torch_dynamo_backends)\]\n(.*)", text, re.MULTILINE)
+    info = tmp_path / "fastalex-0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Name: fastalex\nVersion: 0\n")
+    (info / "entry_points.txt").write_text("[{}]\n{}\n".format(*entry).replace('"', ""))
+    backend_of_dynamo("import sys", "assert 'fastalex' not in sys.modules", PYTHONPATH=f"{tmp_path}:{ROOT}")
+
+
 @pytest.mark.parametrize("missing", ["safetensors", "tyro", "rich", "torchvision", "matplotlib", "PIL"])
 def test_import_without_the_command_lines_packages(missing):
     python(f"import sys; sys.modules[{missing!r}] = None; import fastalex; fastalex.AlexNet(2, variant='torchvision')")

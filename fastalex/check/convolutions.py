@@ -12,13 +12,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastalex import backend
-from fastalex.alexnet import VARIANTS, AlexNet
+from fastalex.alexnet import AlexNet
 from fastalex.check.kernels import DTYPES, compared, random
 from fastalex.check.runner import Context, Item, Row
 from fastalex.gpu import dispatch
 from fastalex.gpu.convolution import CONV2D_INPUT_GRAD, CONV2D_RELU, CONV2D_WEIGHT_GRAD, output_size
 from fastalex.gpu.dispatch import Operation
 from fastalex.tolerances import SLACK, UNIT_ROUNDOFF, bound
+from fastalex.variants import VARIANTS
 
 OPERATIONS = (CONV2D_RELU, CONV2D_INPUT_GRAD, CONV2D_WEIGHT_GRAD)
 # more than one tile of images, the last one partial

@@ -13,13 +13,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastalex import backend, timing
-from fastalex.alexnet import VARIANTS, AlexNet, Conv, Variant
+from fastalex.alexnet import AlexNet
 from fastalex.check.eager import eager_twin
 from fastalex.check.kernels import DTYPES, random
 from fastalex.check.runner import Context, Item, Row
 from fastalex.functional import ResponseNorm
 from fastalex.gpu import dispatch
 from fastalex.tolerances import UNIT_ROUNDOFF
+from fastalex.variants import VARIANTS, Conv, Variant
 
 # On a CPU: every kind of layer, a few thousand weights.
 SMALL = Variant(

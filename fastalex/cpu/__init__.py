@@ -1,7 +1,7 @@
 """The operations on a CPU, one file per operation; the operators in `fastalex.ops` check arguments.
 
-Plain PyTorch does all of it.  Where numba is installed, its loops (`fastalex.cpu.compiled`) do LRN and pooling of
-float32 and bfloat16 in channels_last.
+LRN and pooling are loops that numba compiles (`fastalex.cpu.loops`); where it is missing, their formulas in plain
+PyTorch (`fastalex.cpu.formulas`).  PyTorch's own operations do the rest.
 """
 
 from __future__ import annotations
@@ -12,22 +12,22 @@ import logging
 from functools import cache
 from types import ModuleType
 
-from torch import Tensor
-
-
-def compiled_for(x: Tensor, *others: Tensor) -> ModuleType | None:
-    """`fastalex.cpu.compiled` if it can be imported and takes tensors as these."""
-    module = _compiled()
-    return module if module is not None and module.takes(x, *others) else None
-
 
 @cache
-def _compiled() -> ModuleType | None:
-    if importlib.util.find_spec("numba") is None:
-        return None
+def compiled_loops() -> ModuleType | None:
+    """`fastalex.cpu.loops`, or None where numba cannot compile it; the reason is logged, once."""
     try:
-        return importlib.import_module("fastalex.cpu.compiled")
+        if importlib.util.find_spec("numba") is None:
+            raise ImportError("numba is not installed")
+        module = importlib.import_module("fastalex.cpu.loops")
+        if module.numba.config.DISABLE_JIT:
+            raise ImportError("NUMBA_DISABLE_JIT is set")
+        return module
     # numba refuses a numpy that is newer than itself, and a cache that it can write nowhere
     except (ImportError, RuntimeError) as error:
-        logging.getLogger("fastalex").warning("the CPU kernels do without numba: %s", error)
+        logging.getLogger("fastalex").warning(
+            "LRN and pooling run as formulas in plain PyTorch, slowly: %s; "
+            "pip install 'fastalex[cpu]' brings compiled loops",
+            error,
+        )
         return None

@@ -10,17 +10,21 @@ widened here, while it is in cache.  Copies of fc6 as tensors of their own cost 
 
 from __future__ import annotations
 
+import threading
 from functools import cache
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastalex.cpu.pieces import scratch
 from fastalex.kernels.geometry import dense
 
 # Of one product of `weight_grad`.
 BLOCK_ELEMENTS = 2**20
+# Larger buffers are not kept between calls.  The weight of AlexNet's fc6 takes 72 MiB in half precision.
+KEEP_BYTES = 80 * 2**20
+
+_local = threading.local()
 
 
 def has_onednn_dtype(dtype: torch.dtype) -> bool:
@@ -55,7 +59,14 @@ def narrowed(weight: Tensor, dtype: torch.dtype) -> Tensor:
     """The weight itself where it has this dtype, else its values in a buffer that the next call overwrites."""
     if weight.dtype == dtype:
         return weight
-    return scratch("linear weight", weight.numel(), dtype).view(weight.shape).copy_(weight)
+    buffer = getattr(_local, "buffer", None)
+    if buffer is None or buffer.dtype != dtype or buffer.numel() < weight.numel():
+        # a buffer made in inference mode could not be written outside it
+        with torch.inference_mode(False):
+            buffer = torch.empty(weight.numel(), dtype=dtype)
+        if buffer.nbytes <= KEEP_BYTES:
+            _local.buffer = buffer
+    return buffer[: weight.numel()].view(weight.shape).copy_(weight)
 
 
 @torch.no_grad()

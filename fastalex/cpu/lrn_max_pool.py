@@ -1,9 +1,9 @@
-"""LRN and 3x3 max-pooling with stride 2, one image at a time: the normalised tensor exists for a moment, in cache.
+"""LRN and 3x3 max-pooling with stride 2: the normalised tensor exists for some rows, in cache.
 
 What is pooled are the normalised values rounded to x's dtype, so the result equals pooling the output of
-`lrn_fwd`, bit for bit.  Backward scatters the gradient of one block of images into a buffer, and normalises it
-backwards from there.  With `after_relu` the codes carry the ReLU's mask: the maximum of a window is zero only where
-all of x in it is zero, such a window receives no gradient, and the other term of the gradient has the factor x.
+`lrn_fwd`, bit for bit.  Backward gathers the gradient of a few pixels and normalises it backwards from there.
+With `after_relu` the codes carry the ReLU's mask: the maximum of a window is zero only where all of x in it is zero,
+such a window receives no gradient, and the other term of the gradient has the factor x.
 """
 
 from __future__ import annotations
@@ -12,26 +12,23 @@ import torch
 from torch import Tensor
 
 from fastalex import cpu
-from fastalex.cpu.lrn import Normalisation
-from fastalex.cpu.max_pool import (
-    Windows,
-    channels_last_scratch,
-    empty_in_layout_of,
-    images_per_block,
-)
-from fastalex.cpu.pieces import channel_blocks, pieces
-from fastalex.kernels.geometry import dense, in_layout_of, is_channels_last
+from fastalex.cpu.lrn import lrn_bwd, lrn_fwd, norm_of, numbers_of
+from fastalex.cpu.max_pool import code_table, max_pool_bwd, max_pool_fwd, plane_of
+from fastalex.kernels.geometry import Pair, dense, in_layout_of, is_channels_last, no_cell, output_size
 
 KERNEL_SIZE = (3, 3)
 STRIDE = (2, 2)
+WINDOW = KERNEL_SIZE, STRIDE, (0, 0), (1, 1)
 
 
 def unsupported(
-    x: Tensor, size: int, groups: int, kernel_size: tuple[int, int] = KERNEL_SIZE, stride: tuple[int, int] = STRIDE
+    x: Tensor, size: int, groups: int, kernel_size: Pair = KERNEL_SIZE, stride: Pair = STRIDE
 ) -> str | None:
-    """Why `lrn_max_pool_fwd` cannot take these windows, or None if it can."""
+    """Why `lrn_max_pool_fwd` cannot take this tensor and these windows, or None if it can."""
     if kernel_size != KERNEL_SIZE or stride != STRIDE:
         return f"kernel_size must be {KERNEL_SIZE} and stride {STRIDE}, got {kernel_size} and {stride}"
+    if not is_channels_last(x):
+        return "x is not channels_last"
     return None
 
 
@@ -47,31 +44,30 @@ def lrn_max_pool_fwd(
     after_relu: bool = False,
     codes: bool = True,
 ) -> tuple[Tensor, Tensor | None]:
-    """max_pool(lrn(x)): (N, C, H, W) -> (N, C, OH, OW) and, with `codes`, the int8 window codes; x's memory format."""
-    x = dense(x)
-    images, channels, height, width = x.shape
-    windows = Windows((height, width), KERNEL_SIZE, STRIDE)
-    y = empty_in_layout_of(x, images, channels, *windows.output_size)
+    """max_pool(lrn(x)): (N, C, H, W) -> (N, C, OH, OW) and, with `codes`, the int8 window codes; all channels_last.
+
+    Raises ValueError where x is not channels_last.
+    """
+    x = _checked(x, size, groups)
+    loops = cpu.compiled_loops()
+    if loops is None or x.dtype == torch.float16:
+        normalised = lrn_fwd(x, size, alpha, beta, k, groups)
+        return max_pool_fwd(normalised, *WINDOW, False, codes=codes, after_relu=after_relu)
+    output = output_size(x.shape[2:], KERNEL_SIZE, STRIDE)
+    y = torch.empty((*x.shape[:2], *output), dtype=x.dtype, memory_format=torch.channels_last)
     found = torch.empty_like(y, dtype=torch.int8) if codes else None
-    if x.numel() == 0:
-        return y, found
-    compiled = cpu.compiled_for(x)
-    if compiled and beta == compiled.BETA:
-        compiled.lrn_max_pool_fwd(x, y, found, size, alpha, k, groups, KERNEL_SIZE, STRIDE, after_relu)
-        return y, found
-    channels_last = is_channels_last(x)
-    norm = Normalisation(channels // groups, 1, size, alpha, beta, k, x.dtype)
-    step = images_per_block(channels * height * width)
-    for first in range(0, images, step):
-        block = slice(first, first + step)
-        part = (
-            x[block] if channels_last else channels_last_scratch("lrn pool x", x[block].shape, x.dtype).copy_(x[block])
+    if x.numel():
+        loops.share(
+            loops.lrn_max_pool_kernel,
+            y.shape[0] * y.shape[2],
+            x.numel(),
+            loops.array(x).reshape(-1, x.shape[1] // groups),
+            loops.array(y),
+            loops.array(y.new_empty(0, dtype=torch.int8) if found is None else found),
+            *(plane_of(x), plane_of(y), x.shape[1], groups),
+            *(norm_of(size, x.shape[1] // groups), numbers_of(x, size, alpha, beta, k)),
+            *(KERNEL_SIZE, STRIDE, code_table(KERNEL_SIZE), no_cell(*KERNEL_SIZE) if after_relu else 0),
         )
-        normalised = channels_last_scratch("lrn pool y", part.shape, x.dtype)
-        source, target = channel_blocks(part, groups), channel_blocks(normalised, groups)
-        for start, stop, _ in pieces(source.shape[0], norm.rows_within):
-            norm.forward(source[start:stop], target[start:stop])
-        windows.pool(normalised, y[block], None if found is None else found[block], after_relu)
     return y, found
 
 
@@ -87,46 +83,36 @@ def lrn_max_pool_bwd(
     *,
     groups: int = 1,
     after_relu: bool = False,
-    bias_partials: bool = False,
-) -> Tensor | tuple[Tensor, Tensor]:
-    """The gradient of x, in its dtype and memory format; with `bias_partials` also its sums (N, C) over the pixels.
+) -> Tensor:
+    """The gradient of x, in its dtype and memory format.
 
     `after_relu` as in the forward pass: where x is 0 the gradient is 0, and not NaN where a neighbour's is.
     """
-    x = dense(x)
+    x = _checked(x, size, groups)
     dx = torch.empty_like(x)
-    images, channels, height, width = x.shape
-    channels_last = is_channels_last(x)
-    norm = Normalisation(channels // groups, 1, size, alpha, beta, k, x.dtype)
-    partials = torch.zeros(images, channels, dtype=norm.dtype)
-    if x.numel() == 0:
-        return (dx, partials) if bias_partials else dx
-    grad, codes = in_layout_of(x, grad), in_layout_of(x, codes)
-    compiled = cpu.compiled_for(x, grad)
-    if compiled and beta == compiled.BETA:
-        compiled.lrn_max_pool_bwd(grad, codes, x, dx, size, alpha, k, groups, KERNEL_SIZE, STRIDE, after_relu)
-        if bias_partials:
-            torch.sum(dx, (2, 3), dtype=norm.dtype, out=partials)
-        return (dx, partials) if bias_partials else dx
-    windows = Windows((height, width), KERNEL_SIZE, STRIDE)
-    step = images_per_block(channels * height * width)
-    for first in range(0, images, step):
-        block = slice(first, first + step)
-        part, part_grad, part_codes, target = x[block], grad[block], codes[block], dx[block]
-        if not channels_last:
-            part = channels_last_scratch("lrn pool x", part.shape, x.dtype).copy_(part)
-            part_grad = channels_last_scratch("lrn pool grad", part_grad.shape, grad.dtype).copy_(part_grad)
-            part_codes = channels_last_scratch("lrn pool codes", part_codes.shape, codes.dtype).copy_(part_codes)
-            target = channels_last_scratch("lrn pool dx", part.shape, x.dtype)
-        scattered = channels_last_scratch("lrn pool y", part.shape, norm.dtype)
-        windows.scatter(part_grad, part_codes, scattered)
-        above, source, below = (channel_blocks(t, groups) for t in (scattered, part, target))
-        for start, stop, _ in pieces(source.shape[0], norm.rows_within):
-            norm.backward(above[start:stop], source[start:stop], below[start:stop])
-        if after_relu:
-            torch.ops.aten.threshold_backward.grad_input(target, part, 0, grad_input=target)
-        if not channels_last:
-            dx[block].copy_(target)
-        if bias_partials:
-            torch.sum(target, (2, 3), dtype=norm.dtype, out=partials[block])
-    return (dx, partials) if bias_partials else dx
+    compute = torch.float64 if x.dtype == torch.float64 else torch.float32
+    loops = cpu.compiled_loops()
+    if loops is None or x.dtype == torch.float16:
+        between = max_pool_bwd(grad.to(compute), codes, plane_of(x), *WINDOW)
+        dx.copy_(lrn_bwd(between, x.to(compute), size, alpha, beta, k, groups))
+        dx = torch.ops.aten.threshold_backward(dx, x, 0) if after_relu else dx
+    elif x.numel():
+        inside = x.shape[1] // groups
+        loops.share(
+            loops.lrn_max_pool_backward_kernel,
+            x.shape[0] * x.shape[2],
+            x.numel(),
+            *(loops.array(in_layout_of(x, grad)), loops.array(in_layout_of(x, codes))),
+            *(loops.array(x).reshape(-1, inside), loops.array(dx).reshape(-1, inside)),
+            *(plane_of(x), plane_of(grad), x.shape[1], groups),
+            *(norm_of(size, inside), numbers_of(x, size, alpha, beta, k), WINDOW, code_table(KERNEL_SIZE), after_relu),
+        )
+    return dx
+
+
+def _checked(x: Tensor, size: int, groups: int) -> Tensor:
+    x = dense(x)
+    reason = unsupported(x, size, groups)
+    if reason is not None:
+        raise ValueError(f"lrn_max_pool: {reason} (x has shape {tuple(x.shape)})")
+    return x

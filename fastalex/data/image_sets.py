@@ -119,7 +119,7 @@ class _Files(torch.utils.data.Dataset[Any]):
         return len(self.samples)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int] | Unreadable:
-        from fastalex.data.pack import decoded
+        from fastalex.data.decode import decoded
 
         path, label = self.samples[index]
         try:

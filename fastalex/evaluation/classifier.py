@@ -10,11 +10,12 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from torchvision.transforms.v2 import functional as transforms
 
-from fastalex.alexnet import AlexNet, alexnet
+from fastalex.alexnet import AlexNet
 from fastalex.checkpoint import ModelCard, load_model
-from fastalex.data.pack import in_8_bits
+from fastalex.data.decode import in_8_bits
 from fastalex.data.preprocessing import Preprocessing, centre_crop
 from fastalex.evaluation.metrics import ten_crop_probabilities
+from fastalex.weights import alexnet
 
 IMAGENET_CLASSES = 1000
 # Half a gigabyte in memory; below Pillow's own limit of 179 million, where it warns already above 89 million

@@ -19,12 +19,13 @@ import torch.nn.functional as F
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from fastalex.alexnet import AlexNet, Conv, Variant
+from fastalex.alexnet import AlexNet
 from fastalex.data.preprocessing import random_crop, random_flip
 from fastalex.experiments.pictures import load_pictures
 from fastalex.experiments.runs import Interval, Result, Store, interval
 from fastalex.files import write_whole
 from fastalex.functional import ResponseNorm
+from fastalex.variants import Conv, Variant
 from fastalex.visualize.figures import BLUE, DPI, ORANGE, save
 
 NAME = "ablation"

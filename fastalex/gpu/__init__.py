@@ -16,23 +16,23 @@ if TYPE_CHECKING:
     from fastalex.kernels import lpips as lpips
     from fastalex.kernels import lrn as lrn
     from fastalex.kernels import lrn_max_pool as lrn_max_pool
+    from fastalex.kernels import lrn_max_pool_backward as lrn_max_pool_backward
     from fastalex.kernels import max_pool as max_pool
     from fastalex.kernels import partial_sums as partial_sums
     from fastalex.kernels import relu_bias_grad as relu_bias_grad
     from fastalex.kernels import space_to_depth as space_to_depth
 
 KERNELS = {
-    *(
-        "augment",
-        "bias_relu",
-        "lpips",
-        "lrn",
-        "lrn_max_pool",
-        "max_pool",
-        "partial_sums",
-        "relu_bias_grad",
-        "space_to_depth",
-    )
+    "augment",
+    "bias_relu",
+    "lpips",
+    "lrn",
+    "lrn_max_pool",
+    "lrn_max_pool_backward",
+    "max_pool",
+    "partial_sums",
+    "relu_bias_grad",
+    "space_to_depth",
 }
 
 

@@ -17,13 +17,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastalex.alexnet import VARIANTS, AlexNet
+from fastalex.alexnet import AlexNet
 from fastalex.check.runner import Child, Context, Item, Log, Row, Stage, end, run_stage, watch
+from fastalex.choices import dispatched, operator_calls
 from fastalex.gpu import dispatch
 from fastalex.gpu.convolution import CONV2D_INPUT_GRAD
 from fastalex.gpu.dispatch import Measurement, Operation
 from fastalex.ops.common import device_of
-from fastalex.ops.explanation import dispatched, operator_calls
+from fastalex.variants import VARIANTS
 
 
 def tune_model(

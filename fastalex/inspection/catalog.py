@@ -13,13 +13,14 @@ from typing import Any
 import torch
 from triton.runtime.jit import KernelInterface
 
-from fastalex.alexnet import VARIANTS, AlexNet
+from fastalex.alexnet import AlexNet
 from fastalex.kernels import (
     augment,
     bias_relu,
     lpips,
     lrn,
     lrn_max_pool,
+    lrn_max_pool_backward,
     max_pool,
     partial_sums,
     relu_bias_grad,
@@ -27,6 +28,7 @@ from fastalex.kernels import (
 )
 from fastalex.kernels.convolution import forward, input_grad, weight_grad
 from fastalex.kernels.geometry import output_size
+from fastalex.variants import VARIANTS
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 LAYOUTS = {"channels_last": torch.channels_last, "nchw": torch.contiguous_format}
@@ -112,7 +114,9 @@ class Entry:
                 out = max_pool.max_pool_bwd(grad, codes, (self.side, self.side), *POOL, bias_partials=partials)
             else:
                 *norm, groups = self.norm
-                out = lrn_max_pool.lrn_max_pool_bwd(grad, codes, x, *norm, groups=groups, bias_partials=self.fused)
+                out = lrn_max_pool_backward.lrn_max_pool_bwd(
+                    grad, codes, x, *norm, groups=groups, bias_partials=self.fused
+                )
             if self.fused:
                 partial_sums.sum_partials(out[1])
         else:

@@ -77,7 +77,6 @@ def trips(launch):
         "augment_kernel": "PROGRAM_STEPS",
         "lrn_max_pool_fwd_kernel": "rows",
         "lrn_max_pool_bwd_kernel": "ROWS",
-        "max_pool_fwd_packed_kernel": "per_program",
         "max_pool_bwd_3x3s2_kernel": "per_program",
         "relu_bias_grad_kernel": "steps",
         "relu_bias_grad_planes_kernel": "steps",
@@ -337,6 +336,7 @@ def kind_of(target):
 
 # the modules of the operations that are none themselves
 MODULES = {
+    "lrn_max_pool": ["lrn_max_pool", "lrn_max_pool_backward"],
     "conv_relu": ["convolution.forward"],
     "conv_backward": ["convolution.input_grad", "convolution.weight_grad"],
 }

@@ -13,7 +13,7 @@ from triton.runtime.interpreter import InterpreterBuilder
 from triton.runtime.jit import KernelInterface
 
 from fastalex.inspection import catalog, interpreter
-from fastalex.kernels import lrn_max_pool, max_pool, relu_bias_grad
+from fastalex.kernels import lrn_max_pool, lrn_max_pool_backward, max_pool_3x3s2, relu_bias_grad
 
 SECTOR = 32
 
@@ -83,26 +83,29 @@ def cut_as_in_a_batch():
     """One image is cut into programs as an image of catalog.BATCH is: partial sums are then as many, per image."""
     thresholds = [
         (lrn_max_pool, "ENOUGH_WARPS"),
-        (lrn_max_pool, "ENOUGH_BACKWARD_WARPS"),
-        (max_pool, "MANY_PROGRAMS"),
+        (lrn_max_pool_backward, "ENOUGH_WARPS"),
+        (max_pool_3x3s2, "MANY_PROGRAMS"),
         (relu_bias_grad, "MAX_PARTIALS"),
     ]
     originals = [getattr(module, name) for module, name in thresholds]
-    configs = {name: getattr(lrn_max_pool, name) for name in ("forward_config", "backward_config")}
+    configs = [
+        (module, name, getattr(module, name))
+        for module, name in ((lrn_max_pool, "forward_config"), (lrn_max_pool_backward, "backward_config"))
+    ]
     try:
         for module, name in thresholds:
             setattr(module, name, max(1, getattr(module, name) // catalog.BATCH))
-        for name, config in configs.items():
+        for module, name, config in configs:
             config.cache_clear()
             # the interpreter takes as long for a program of 32 warps as for one of a single warp
-            setattr(lrn_max_pool, name, lambda *cut, config=config: replace(config(*cut), warps=32))
+            setattr(module, name, lambda *cut, config=config: replace(config(*cut), warps=32))
         yield
     finally:
         for (module, name), original in zip(thresholds, originals, strict=True):
             setattr(module, name, original)
-        for name, config in configs.items():
+        for module, name, config in configs:
             config.cache_clear()
-            setattr(lrn_max_pool, name, config)
+            setattr(module, name, config)
 
 
 def sectors(elements, size):

@@ -18,11 +18,11 @@ from torch import Tensor, nn
 
 from fastalex import backend, ops
 from fastalex import functional as F
-from fastalex.alexnet import download, plain_state
 from fastalex.nn import ConvReLU2d, MaxPool2d
 from fastalex.ops.common import call
 from fastalex.ops.trunks import TRUNKS, Conv, Fire, Pool
 from fastalex.reference import unit_vectors
+from fastalex.weights import download, plain_state
 
 LIN = Path(__file__).with_name("lin.npz")
 SHIFT, SCALE = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)

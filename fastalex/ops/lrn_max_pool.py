@@ -54,9 +54,9 @@ def backward(
                 grad, codes, input, *norm[:4], groups=norm.groups, after_relu=after_relu
             )
         elif not bias:
-            grad_input = gpu.lrn_max_pool.lrn_max_pool_bwd(grad, codes, input, *norm[:4], groups=norm.groups)
+            grad_input = gpu.lrn_max_pool_backward.lrn_max_pool_bwd(grad, codes, input, *norm[:4], groups=norm.groups)
         else:
-            grad_input, partials = gpu.lrn_max_pool.lrn_max_pool_bwd(
+            grad_input, partials = gpu.lrn_max_pool_backward.lrn_max_pool_bwd(
                 grad, codes, input, *norm[:4], groups=norm.groups, bias_partials=True
             )
             return grad_input, gpu.partial_sums.sum_partials(partials)

@@ -16,7 +16,7 @@ from fastalex.training.recipes import Recipe
 PLATEAU_DIVISIONS = 3
 
 
-def rate_at(recipe: Recipe, step: int, steps_per_epoch: int, errors: Sequence[float] = ()) -> float:
+def lr_at(recipe: Recipe, step: int, steps_per_epoch: int, errors: Sequence[float] = ()) -> float:
     """The learning rate of the step with this number, from 0.  errors: the test errors of the epochs before it."""
     total, warmup = recipe.epochs * steps_per_epoch, recipe.warmup_epochs * steps_per_epoch
     if step < warmup:
@@ -53,7 +53,7 @@ def plateaus(errors: Sequence[float], patience: int) -> int:
 
 
 def make_optimizer(model: nn.Module, recipe: Recipe) -> SGD:
-    """Weights and biases in parameter groups of their own; `set_rate` knows them."""
+    """Weights and biases in parameter groups of their own; `set_lr` knows them."""
     groups: list[dict[str, Any]] = []
     for bias in (False, True):
         parameters = [p for p in model.parameters() if (p.dim() == 1) == bias]
@@ -79,15 +79,15 @@ def layers_of(model: nn.Module) -> list[list[nn.Parameter]]:
     return [own for module in model.modules() if (own := list(module.parameters(recurse=False)))]
 
 
-def set_rate(optimizer: SGD, rate: float, *, in_velocity: bool) -> None:
-    """The rate of the next step.  in_velocity: as `Recipe.lr_in_velocity`, by rescaling PyTorch's velocity."""
+def set_lr(optimizer: SGD, lr: float, *, in_velocity: bool) -> None:
+    """The learning rate of the next step.  in_velocity: as `Recipe.lr_in_velocity`, by rescaling momentum buffers."""
     for group in optimizer.param_groups:
-        before, group["lr"] = group["lr"], rate * group["relative_lr"]
+        before, group["lr"] = group["lr"], lr * group["relative_lr"]
         if in_velocity and before != group["lr"]:
             for parameter in group["params"]:
-                velocity = optimizer.state[parameter].get("momentum_buffer")
-                if velocity is not None:
-                    velocity.mul_(before / group["lr"])
+                momentum_buffer = optimizer.state[parameter].get("momentum_buffer")
+                if momentum_buffer is not None:
+                    momentum_buffer.mul_(before / group["lr"])
 
 
 class LARS(SGD):

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from math import sqrt
 from typing import Literal
 
-from fastalex.alexnet import BVLC_ALEXNET, PAPER, TORCHVISION, Conv, Variant
 from fastalex.functional import ResponseNorm
+from fastalex.variants import BVLC_ALEXNET, PAPER, TORCHVISION, Conv, Variant
 
 
 @dataclass(frozen=True)

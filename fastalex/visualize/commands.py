@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from math import ceil
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from fastalex.alexnet import AlexNet
-from fastalex.checkpoint import ModelCard
+from fastalex.data.photos import default_photos
 from fastalex.describe import by
-from fastalex.evaluation.classifier import read_picture
+from fastalex.devices import find_device
+from fastalex.evaluation.classifier import load_classifier, read_picture
 from fastalex.visualize import figures, similar
 from fastalex.visualize.activations import activations
+from fastalex.visualize.console import tell, tell_written
 from fastalex.visualize.page import Section, Tile, write_page
 
 
-def filters(model: AlexNet, card: ModelCard, out: Path) -> list[Path]:
+def filters(weights: str, out: Path) -> None:
     """filters.png and filters.html: the kernels of the first convolution."""
+    model, card = load_classifier(weights)
     weight = next(model.features.parameters())
     drawing, page = out / "filters.png", out / "filters.html"
     figures.filters(weight, drawing)
@@ -35,21 +37,24 @@ def filters(model: AlexNet, card: ModelCard, out: Path) -> list[Path]:
         note,
         [Section("conv1", "With its number, its least and its greatest weight.", tiles, 88)],
     )
-    return [drawing, page]
+    tell_written([drawing, page])
 
 
-def maps(model: AlexNet, card: ModelCard, paths: Sequence[Path], layer: str, out: Path) -> list[Path]:
+def maps(weights: str, paths: Sequence[Path], layer: str, out: Path, *, device: str | None) -> None:
     """activations-LAYER-PICTURE.png for each picture, and activations-LAYER.html with all."""
-    drawings = []
+    paths = paths or default_photos()
+    model, card = load_classifier(weights)
+    where = find_device(device)
+    model = model.to(where)
+    drawings: list[Path] = []
     sections = []
-    pictures = [read_picture(path, card.preprocessing) for path in paths]
-    device = next(model.parameters()).device
-    for path, picture in zip(paths, pictures, strict=True):
-        found = as_maps(activations(model, card.preprocessing.for_evaluation(picture[None].to(device)), layer)[0])
+    images = [read_picture(path, card.preprocessing) for path in paths]
+    for path, image in zip(paths, images, strict=True):
+        found = as_maps(activations(model, card.preprocessing.for_evaluation(image[None].to(where)), layer)[0])
         drawing = out / f"activations-{layer}-{path.stem}.png"
         if drawing in drawings:
             raise ValueError(f"two pictures are called {path.stem}: their files would overwrite each other")
-        figures.activation_maps(picture, found, path.name, layer, drawing)
+        figures.activation_maps(image, found, path.name, layer, drawing)
         drawings.append(drawing)
         tiles = [
             Tile(tile, f"{number}: {peak:.2f}")
@@ -62,14 +67,14 @@ def maps(model: AlexNet, card: ModelCard, paths: Sequence[Path], layer: str, out
             Section(
                 path.name,
                 f"{layer}: {by(found.shape)}, each map from its least (dark) to its greatest value (below it).",
-                [Tile(picture, path.name), *tiles],
+                [Tile(image, path.name), *tiles],
                 width,
                 lead=True,
             )
         )
     page = out / f"activations-{layer}.html"
     write_page(page, f"Activations of {layer}", f"Variant {card.variant.name}.", sections)
-    return [*drawings, page]
+    tell_written([*drawings, page])
 
 
 def as_maps(output: Tensor) -> Tensor:
@@ -82,23 +87,28 @@ def as_maps(output: Tensor) -> Tensor:
 
 
 def similar_pictures(
-    model: AlexNet,
-    card: ModelCard,
-    data: Path | None,
+    weights: str,
     queries: Sequence[Path],
+    data: Path | None,
     count: int,
-    index_file: Path,
     out: Path,
-    report: Callable[[str], None] = print,
-) -> list[Path]:
+    *,
+    index: Path | None,
+    device: str | None,
+) -> None:
     """similar.png and similar.html: queries, each with its nearest neighbours of a collection; and the index."""
+    if count < 1:
+        raise ValueError(f"--count must be at least 1, got {count}")
+    model, card = load_classifier(weights)
+    index_file = index or out / "index.safetensors"
+    model = model.to(find_device(device))
     collection = similar.open_collection(data, card.preprocessing)
-    index = similar.build(index_file, model, card, collection, report)
-    report(
-        f"{len(index.places):,} pictures, {index.features.shape[1]:,} features each: "
-        f"{index.computed:,} computed, {len(index.places) - index.computed:,} from {index_file}"
+    built = similar.build(index_file, model, card, collection, tell)
+    tell(
+        f"{len(built.places):,} pictures, {built.features.shape[1]:,} features each: "
+        f"{built.computed:,} computed, {len(built.places) - built.computed:,} from {index_file}"
     )
-    sheets = similar.find_similar(model, card, collection, index, queries, count)
+    sheets = similar.find_similar(model, card, collection, built, queries, count)
     drawing, page = out / "similar.png", out / "similar.html"
     figures.neighbours(sheets, drawing)
     sections = [
@@ -115,6 +125,6 @@ def similar_pictures(
         for sheet in sheets
     ]
     where = "the Fashion-MNIST sample" if data is None else str(data)
-    note = f"Neighbours in the {index.features.shape[1]:,} features of the last hidden layer, out of {where}."
+    note = f"Neighbours in the {built.features.shape[1]:,} features of the last hidden layer, out of {where}."
     write_page(page, "Similar pictures", note, sections)
-    return [drawing, page, index_file]
+    tell_written([drawing, page, index_file])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
@@ -23,10 +24,18 @@ from torch import Tensor
 from fastalex.describe import Description, by
 from fastalex.evaluation.metrics import Scores
 from fastalex.evaluation.report import per_class
-from fastalex.training.loop import Epoch, Watcher
+from fastalex.training.progress import Callback, Epoch
 
 # names of files and classes are no markup: tables get them as Text, which is none either
 console = Console(markup=False, emoji=False)
+
+
+def tell(line: str) -> None:
+    console.print(line, soft_wrap=True, highlight=False)
+
+
+def tell_written(paths: Sequence[Path]) -> None:
+    tell("wrote " + ", ".join(map(str, paths)))
 
 
 class ThroughputColumn(ProgressColumn):
@@ -34,7 +43,7 @@ class ThroughputColumn(ProgressColumn):
         return Text(f"{task.speed:,.0f} images/s" if task.speed else "- images/s", style="cyan")
 
 
-class ProgressBar(Watcher):
+class ProgressBar(Callback):
     """A bar over the whole run with throughput and time left, and a line for every epoch."""
 
     def __init__(self, epochs: int, images_per_epoch: int) -> None:

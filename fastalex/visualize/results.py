@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,20 @@ from fastalex import results
 from fastalex.results import OURS, Result
 
 WHOLE_MODEL = ("inference", "step")
+
+
+def report(file: Path, out: Path, *, keep: Path | None, readme: Path | None) -> None:
+    """What `fastalex bench report` does: charts of a benchmark's results to `out`, and the Markdown table printed.
+
+    keep: folder for the small dated file.  readme: its tables are renewed, see `fastalex.results.replace_tables`.
+    """
+    result = results.load(file)
+    written = [] if readme is None else results.replace_tables(readme, result)
+    if keep is not None:
+        written.append(results.save(result, keep))
+    for path in [*written, *charts(result, out)]:
+        print(f"wrote {path}", file=sys.stderr)
+    print(results.markdown(result))
 
 
 def charts(result: Result, folder: Path) -> list[Path]:

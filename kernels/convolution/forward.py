@@ -82,6 +82,26 @@ def weight_rows(weight_ptr, feature, last, LENGTH: tl.constexpr):
 
 
 @triton.jit
+def finish(
+    acc, bias_ptr, y, first, n, plane, at, feature, end,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, EVEN: tl.constexpr, RELU: tl.constexpr, DESCRIPTORS: tl.constexpr,
+):  # fmt: skip
+    """Bias, ReLU and store: the images from `first` on, below n, and the channels from `feature` on, below `end`.
+
+    `at`: elements of a plane of y before the pixel.
+    """
+    channel = feature + tl.arange(0, BLOCK_N)
+    out = add_bias(acc, bias_ptr, channel, end, EVEN, RELU)
+    if DESCRIPTORS:
+        y.store([first, at + feature], out.to(y.dtype))
+    else:
+        image = first + tl.arange(0, BLOCK_M)
+        rows = y + (image.to(tl.int64) * plane + at)[:, None]
+        inside = (image < n)[:, None] & (channel < end)[None, :]
+        tl.store(rows + channel[None, :], out.to(y.dtype.element_ty), mask=inside)
+
+
+@triton.jit
 def conv_relu_batch_kernel(
     x,  # (N, H, W, GROUPS * C_IN): pointer, or descriptor of (N, H * W * GROUPS * C_IN), BLOCK_M x BLOCK_K
     x_tail,  # BLOCK_M x BLOCK_K_TAIL; as all tails a descriptor, or None
@@ -137,13 +157,12 @@ def conv_relu_batch_kernel(
     left = pixel % ow * CONV[6] - CONV[8]
 
     k = tl.arange(0, BLOCK_K)
-    n_range = feature + tl.arange(0, BLOCK_N)
-    n_range_tail = feature + BLOCK_N + tl.arange(0, BLOCK_N_TAIL if BLOCK_N_TAIL > 0 else 1)
+    origin = (top * w + left) * (GROUPS * C_IN) + group * C_IN
     if not DESCRIPTORS:
         image = first + tl.arange(0, BLOCK_M)
         # the last image again instead of a mask; what comes of it is not stored
         x_rows = x + (tl.minimum(image, n - 1).to(tl.int64) * (h * w * (GROUPS * C_IN)))[:, None]
-        w_rows = weight_rows(weight, n_range, group_end - 1, R * S * C_IN)
+        w_rows = weight_rows(weight, feature + tl.arange(0, BLOCK_N), group_end - 1, R * S * C_IN)
         x = x_rows + k[None, :]
         weight = w_rows + k[:, None]
         if BLOCK_K_TAIL > 0:
@@ -151,7 +170,8 @@ def conv_relu_batch_kernel(
             x_tail = x_rows + k_tail[None, :]
             weight_k_tail = w_rows + k_tail[:, None]
         if BLOCK_N_TAIL > 0:
-            w_rows_tail = weight_rows(weight_n_tail, n_range_tail, group_end - 1, R * S * C_IN)
+            feature_tail = feature + BLOCK_N + tl.arange(0, BLOCK_N_TAIL)
+            w_rows_tail = weight_rows(weight_n_tail, feature_tail, group_end - 1, R * S * C_IN)
             weight_n_tail = w_rows_tail + k[:, None]
             if BLOCK_K_TAIL > 0:
                 weight_tails = w_rows_tail + k_tail[:, None]
@@ -166,7 +186,7 @@ def conv_relu_batch_kernel(
     c = 0
     steps = (r_stop - r_first) * (s_stop - s_first) * ((C_IN + STEP - 1) // STEP)
     for _ in tl.range(0, steps, warp_specialize=TILE[5]):
-        at = ((top + r * DILATION_H) * w + left + s * DILATION_W) * (GROUPS * C_IN) + group * C_IN + c
+        at = origin + (r * DILATION_H * w + s * DILATION_W) * (GROUPS * C_IN) + c
         w_at = (r * S + s) * C_IN + c
         # the short product first: sm_90 waits for it before the long one, which it leaves running through the rest
         if BLOCK_K_TAIL > 0:
@@ -185,23 +205,16 @@ def conv_relu_batch_kernel(
         r, s, c = next_step(r, s, c, s_first, s_stop, C_IN, STEP)
 
     EVEN: tl.constexpr = C_OUT % WIDTH == 0
-    out = add_bias(acc, bias_ptr, n_range, group_end, EVEN, RELU)
+    plane = oh * ow * (GROUPS * C_OUT)
+    at = pixel * (GROUPS * C_OUT)
+    finish(acc, bias_ptr, y, first, n, plane, at, feature, group_end, BLOCK_M, BLOCK_N, EVEN, RELU, DESCRIPTORS)
     if BLOCK_N_TAIL > 0:
-        out_tail = add_bias(acc_tail, bias_ptr, n_range_tail, group_end, EVEN, RELU)
-    if DESCRIPTORS:
-        at = pixel * (GROUPS * C_OUT) + feature
-        y.store([first, at], out.to(y.dtype))
-        if BLOCK_N_TAIL > 0:
-            y_tail.store([first, at + BLOCK_N], out_tail.to(y.dtype))
-    else:
-        image = first + tl.arange(0, BLOCK_M)
-        present = image < n
-        y_rows = y + (image.to(tl.int64) * (oh * ow * (GROUPS * C_OUT)) + pixel * (GROUPS * C_OUT))[:, None]
-        inside = present[:, None] & (n_range < group_end)[None, :]
-        tl.store(y_rows + n_range[None, :], out.to(y.dtype.element_ty), mask=inside)
-        if BLOCK_N_TAIL > 0:
-            inside = present[:, None] & (n_range_tail < group_end)[None, :]
-            tl.store(y_rows + n_range_tail[None, :], out_tail.to(y.dtype.element_ty), mask=inside)
+        feature += BLOCK_N
+        y = y_tail if DESCRIPTORS else y
+        finish(
+            acc_tail, bias_ptr, y, first, n, plane, at, feature, group_end,
+            BLOCK_M, BLOCK_N_TAIL, EVEN, RELU, DESCRIPTORS,
+        )  # fmt: skip
 
 
 @triton.jit

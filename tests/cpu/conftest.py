@@ -1,4 +1,4 @@
-"""Every test of this folder runs with the loops that numba compiles and with the PyTorch operations."""
+"""Every test of this folder runs with the loops that numba compiles and with the formulas that stand in for them."""
 
 import importlib.util
 
@@ -7,10 +7,10 @@ import pytest
 from fastalex import cpu
 
 
-@pytest.fixture(autouse=True, params=["compiled", "pytorch"])
+@pytest.fixture(autouse=True, params=["loops", "formulas"])
 def kernels(request, monkeypatch):
-    if request.param == "pytorch":
-        monkeypatch.setattr(cpu, "compiled_for", lambda *tensors: None)
+    if request.param == "formulas":
+        monkeypatch.setattr(cpu, "compiled_loops", lambda: None)
     elif importlib.util.find_spec("numba") is None:
         pytest.skip("needs numba")
     return request.param

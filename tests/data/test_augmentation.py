@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from fastalex import AlexNet, backend, ops
-from fastalex.alexnet import VARIANTS
 from fastalex.cpu.augment import draw
 from fastalex.data.augmentation import augment
 from fastalex.data.preprocessing import Colours, Preprocessing
+from fastalex.variants import VARIANTS
 
 LOOKS = Preprocessing(3, 32, 28, (0.48, 0.46, 0.41), (0.23, 0.22, 0.21))
 COLOURS = Colours((0.2, 0.05, 0.01), ((0.6, 0.6, 0.52), (0.8, -0.6, 0.0), (0.0, 0.0, 1.0)))

@@ -14,8 +14,9 @@ from PIL import Image
 from trees import encoded, picture, write
 
 from fastalex.data import sources
+from fastalex.data.decode import decode
 from fastalex.data.image_sets import Folders
-from fastalex.data.pack import decode, pack
+from fastalex.data.pack import pack
 from fastalex.data.packed import PackedSet
 from fastalex.data.preprocessing import Preprocessing
 from fastalex.evaluation.classifier import read_picture

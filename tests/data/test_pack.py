@@ -17,12 +17,12 @@ import torch
 pytest.importorskip("PIL")
 import trees
 from PIL import Image
-from torchvision.transforms import v2
 
 from fastalex import cli
 from fastalex.data import pack as module
 from fastalex.data import sources
-from fastalex.data.pack import decode, moments, pack, pack_chunk, square
+from fastalex.data.decode import decode, square
+from fastalex.data.pack import moments, pack, pack_chunk
 from fastalex.data.packed import PackedSet, read_meta, verify
 
 
@@ -61,13 +61,6 @@ def pictures(packed, split):
     return {p: (i.permute(1, 2, 0).numpy(), int(n)) for p, i, n in zip(paths, images, labels, strict=True)}
 
 
-def assert_is_torchvisions(pixels, image, size):
-    """Equal to torchvision's Resize and CenterCrop, but for steps of 1."""
-    wanted = np.asarray(v2.CenterCrop(size)(v2.Resize(size)(image.convert("RGB"))))
-    assert pixels.shape == (size, size, 3)
-    assert np.abs(pixels.astype(int) - wanted).max() <= 1
-
-
 # ------------------------------------------------------------------------------------------------ layouts
 @pytest.mark.parametrize("ground_truth", ["val.txt", "LOC_val_solution.csv"])
 def test_imagenet(tmp_path, ground_truth):
@@ -82,7 +75,7 @@ def test_imagenet(tmp_path, ground_truth):
     assert packed.paths("test") == [f"val/ILSVRC2012_val_{i + 1:08d}.JPEG" for i in range(6)]
     for split in ("train", "test"):
         for path, (pixels, label) in pictures(packed, split).items():
-            assert_is_torchvisions(pixels, Image.open(tmp_path / "in" / path), 24)
+            trees.assert_is_torchvisions(pixels, Image.open(tmp_path / "in" / path), 24)
             if split == "train":
                 assert packed.classes[label] == path.split("/")[1]
     # neighbours are no longer of one class
@@ -147,7 +140,7 @@ def test_folders_of_classes(tmp_path):
     packed = PackedSet(tmp_path / "out")
     assert packed.classes == packed.names == ("cat", "dog")
     for path, (pixels, label) in pictures(packed, "test").items():
-        assert_is_torchvisions(pixels, Image.open(tmp_path / "in" / path), 16)
+        trees.assert_is_torchvisions(pixels, Image.open(tmp_path / "in" / path), 16)
         assert path.split("/")[1] == packed.classes[label]
 
 
@@ -254,80 +247,7 @@ def test_sources_that_cannot_be_packed(tmp_path, make, message):
     assert not (tmp_path / "out").exists()
 
 
-# ----------------------------------------------------------------------------------------------- pictures
-@pytest.mark.parametrize(("width", "height"), [(500, 375), (375, 500), (256, 256), (257, 300), (90, 61), (1, 300)])
-def test_size_and_middle_are_torchvisions(width, height):
-    image = trees.picture(1, width, height)
-    assert_is_torchvisions(square(image, 64), image, 64)
-
-
-def test_a_long_picture_costs_no_memory():
-    """Resized as a whole, it would be 64 x 2,560,000 pixels."""
-    assert square(Image.new("RGB", (40_000, 1), "red"), 64).tolist() == [[[255, 0, 0]] * 64] * 64
-
-
-@pytest.mark.parametrize("mode", ["L", "1", "P", "CMYK", "RGBA", "LA", "I;16"])
-def test_modes(mode):
-    image = trees.picture(2)
-    if mode == "I;16":
-        grey = np.asarray(image.convert("L"))
-        image = Image.fromarray(grey.astype(np.uint16) * 257)
-    else:
-        image = image.convert("L").convert(mode) if mode == "LA" else image.convert(mode)
-    found = decode(trees.encoded(image, "JPEG" if mode in ("L", "CMYK") else "PNG"), 32)
-    wanted = square(Image.fromarray(grey).convert("RGB") if mode == "I;16" else image.convert("RGB"), 32)
-    assert np.abs(found.astype(int) - wanted).mean() < (4 if mode in ("L", "CMYK") else 1e-6)
-    if mode in ("L", "1", "LA", "I;16"):
-        assert (found[..., :1] == found).all()
-
-
-def test_orientation():
-    image = trees.picture(3, 60, 40)
-    turned = image.transpose(Image.Transpose.ROTATE_270)
-    exif = Image.Exif()
-    exif[0x0112] = 8  # to be shown after a quarter turn to the left
-    found = decode(trees.encoded(turned, quality=95, exif=exif), 32)
-    assert np.abs(found.astype(int) - square(image, 32)).mean() < 4
-
-
-@pytest.mark.filterwarnings("ignore:Corrupt EXIF")
-def test_damaged_exif_is_no_damaged_picture():
-    image = trees.picture(4)
-    sound = decode(trees.encoded(image), 32)
-    assert np.array_equal(decode(trees.encoded(image, exif=b"Exif\0\0MM\0*\xff\xff\xff\xff"), 32), sound)
-
-
-def test_large_jpegs_are_decoded_small(monkeypatch):
-    image = trees.picture(5, 1100, 700)
-    found = decode(trees.encoded(image, quality=95), 64)
-    assert np.abs(found.astype(int) - square(image, 64)).mean() < 2
-    asked = []
-    monkeypatch.setattr(Image.Image, "resize", lambda self, size, *a, **k: asked.append(self.size) or self)
-    decode(trees.encoded(image), 64)
-    assert asked == [(275, 175)]  # 1/4; 1/8 would be smaller than twice 64
-
-
-@pytest.mark.parametrize(
-    ("bytes_", "reason"),
-    [
-        (b"", "cannot be decoded: no picture in a format that Pillow knows$"),
-        (b"no picture at all", "cannot be decoded: no picture in a format that Pillow knows$"),
-        (b"GIF89a", "cannot be decoded"),
-        (trees.encoded(trees.picture(6))[:-200], "cannot be decoded: image file is truncated"),
-        (trees.encoded(trees.picture(6), "PNG")[:600], "cannot be decoded"),
-        (trees.encoded(Image.new("1", (9500, 9500)), "PNG"), "refused, more than 89,478,485 pixels: 9500x9500"),
-        (trees.encoded(Image.new("1", (14000, 14000)), "PNG"), "refused, more than 89,478,485 pixels"),
-        (trees.encoded(Image.new("F", (9, 9)), "TIFF"), "mode F"),
-    ],
-)
-@pytest.mark.filterwarnings("ignore")
-def test_unreadable_pictures(bytes_, reason):
-    with pytest.raises(ValueError, match=reason) as raised:
-        decode(bytes_, 32)
-    # the address of an object would make two packed sets differ
-    assert " at 0x" not in str(raised.value)
-
-
+# --------------------------------------------------------------------------------------------- statistics
 def test_moments_are_exact():
     pixels = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
     for part in (pixels, pixels[:, :63], np.full((32, 32, 3), 255, np.uint8)):
@@ -386,7 +306,7 @@ def test_damaged_pictures_are_skipped_and_listed(damaged, tmp_path, capsys):
     sound = ["train/cat/0.jpg", "train/cat/2.jpg", "train/dog/0.jpg", "train/dog/1.jpg"]
     assert sorted(packed.paths("train")) == sound
     for path, (pixels, label) in pictures(packed, "train").items():
-        assert_is_torchvisions(pixels, Image.open(damaged / path), 16)
+        trees.assert_is_torchvisions(pixels, Image.open(damaged / path), 16)
         assert packed.classes[label] == path.split("/")[1]
     failures = read_meta(tmp_path / "out")["failures"]["train"]
     assert sorted(path for path, _ in failures) == ["train/cat/1.jpg", "train/dog/2.jpg"]

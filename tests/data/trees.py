@@ -99,3 +99,12 @@ def webdataset(root, pictures=7, per_tar=3):
                         info = tarfile.TarInfo(f"part/{i:04d}.{ending}")
                         info.size = len(content)
                         tar.addfile(info, io.BytesIO(content))
+
+
+def assert_is_torchvisions(pixels, image, size):
+    """Equal to torchvision's Resize and CenterCrop, but for steps of 1."""
+    from torchvision.transforms import v2
+
+    wanted = np.asarray(v2.CenterCrop(size)(v2.Resize(size)(image.convert("RGB"))))
+    assert pixels.shape == (size, size, 3)
+    assert np.abs(pixels.astype(int) - wanted).max() <= 1

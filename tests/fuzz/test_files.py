@@ -13,14 +13,16 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from fastalex import results
-from fastalex.alexnet import Conv, Variant, alexnet
 from fastalex.checkpoint import STATE_FORMAT, ModelCard, load_model, load_state, save_model
 from fastalex.data import sources
-from fastalex.data.pack import decode, pack
+from fastalex.data.decode import decode
+from fastalex.data.pack import pack
 from fastalex.data.packed import PackedSet, verify
 from fastalex.data.preprocessing import Preprocessing
 from fastalex.evaluation.classifier import read_picture
 from fastalex.gpu import dispatch
+from fastalex.variants import Conv, Variant
+from fastalex.weights import alexnet
 
 TINY = Variant("tiny", (Conv(4, 3, stride=2, pool=2),), crop=16, hidden=(4, 4), features_size=2)
 LOOKS = Preprocessing(3, 18, 16, (0.5,) * 3, (0.5,) * 3)

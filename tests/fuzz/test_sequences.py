@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 import fastalex
-from fastalex.alexnet import Conv, Variant
 from fastalex.functional import ResponseNorm
+from fastalex.variants import Conv, Variant
 
 TINY = Variant(
     "tiny",

@@ -3,6 +3,8 @@
 import importlib.util
 import mmap
 import sys
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,13 +16,15 @@ from tolerances import UNIT_ROUNDOFF, assert_matches
 from fastalex import reference
 from fastalex.kernels import geometry
 from fastalex.kernels import lrn_max_pool as fused
+from fastalex.kernels import lrn_max_pool_backward as backward
 from fastalex.kernels.lrn import lrn_fwd
-from fastalex.kernels.lrn_max_pool import BackwardConfig, ForwardConfig
+from fastalex.kernels.lrn_max_pool import ForwardConfig
+from fastalex.kernels.lrn_max_pool_backward import BackwardConfig
 from fastalex.kernels.registers import interpreting
 
 FP16, BF16, FP32 = torch.float16, torch.bfloat16, torch.float32
 CODES = torch.tensor([[geometry.cell_code(r, s, 3, 3) for s in range(3)] for r in range(3)], dtype=torch.int8)
-DEAD = geometry.no_cell(3, 3)
+NO_CELL = geometry.no_cell(3, 3)
 # alpha far above AlexNet's 1e-4, so that a wrong window changes more than the last bit
 ALPHA, BETA, K = 0.3, 0.75, 2.0
 # The interpreter is fastest with few large programs; compiled kernels run as they ship.
@@ -76,10 +80,14 @@ def codes_of(values, after_relu, last_nan=True):
     codes = CODES[row, column]
     if not last_nan:
         codes = torch.where(pooled.isnan(), codes_of(values.isnan(), False), codes)
-    return torch.where(pooled == 0, DEAD, codes).to(torch.int8) if after_relu else codes
+    return torch.where(pooled == 0, NO_CELL, codes).to(torch.int8) if after_relu else codes
 
 
-def check_forward(x, size, *, groups=1, after_relu=False, config=None, alpha=ALPHA, beta=BETA, k=K, module=fused):
+# what the checks below run: the launchers, or copies of them with a mistake
+BOTH = SimpleNamespace(lrn_max_pool_fwd=fused.lrn_max_pool_fwd, lrn_max_pool_bwd=backward.lrn_max_pool_bwd)
+
+
+def check_forward(x, size, *, groups=1, after_relu=False, config=None, alpha=ALPHA, beta=BETA, k=K, module=BOTH):
     """y against float64; y and codes against the values of the LRN kernel, pooled by comparing alone: no tolerance.
 
     Compiled, the two kernels may contract different products and sums into fma: there the codes are compared where
@@ -134,7 +142,7 @@ def clear_winners(x, size, *, groups, after_relu, alpha, beta, k):
 
 
 def check_backward(
-    x, size, *, groups=1, after_relu=False, config=None, bias_partials=False, alpha=ALPHA, beta=BETA, k=K, module=fused
+    x, size, *, groups=1, after_relu=False, config=None, bias_partials=False, alpha=ALPHA, beta=BETA, k=K, module=BOTH
 ):
     """dx and the bias gradient against autograd in float64; no gradient enters where rounding may decide the winner."""
     args = (size, alpha, beta, k)
@@ -207,13 +215,13 @@ def test_ties_go_to_the_first_cell_and_empty_windows_die(dtype, after_relu):
     y, codes = check_forward(x, 5, after_relu=after_relu, config=ForwardConfig(2, WARPS))
     zero = y == 0
     assert zero.any()
-    assert (codes[zero] == (DEAD if after_relu else CODES[0, 0])).all()
+    assert (codes[zero] == (NO_CELL if after_relu else CODES[0, 0])).all()
     if after_relu:
         grad = torch.ones_like(y)
-        dx = fused.lrn_max_pool_bwd(grad, codes, x, 5, ALPHA, BETA, K)
+        dx = backward.lrn_max_pool_bwd(grad, codes, x, 5, ALPHA, BETA, K)
         assert (dx[x == 0] == 0).all()
         # each living window sends its gradient to one pixel: with alpha = 0, LRN is a factor of k**-beta
-        dx = fused.lrn_max_pool_bwd(grad, codes, x, 5, 0.0, 0.5, 4.0)
+        dx = backward.lrn_max_pool_bwd(grad, codes, x, 5, 0.0, 0.5, 4.0)
         assert dx.sum() == 0.5 * (~zero).sum()
 
 
@@ -230,7 +238,7 @@ def test_nan_and_infinity(dtype, after_relu):
     y, codes = check_forward(x, 5, after_relu=after_relu, config=ForwardConfig(2, WARPS))
     assert y.isnan().any()
     assert not y.isnan().all()
-    assert not (codes[y.isnan()] == DEAD).any()
+    assert not (codes[y.isnan()] == NO_CELL).any()
 
 
 @pytest.mark.parametrize("alpha", [1e-4, 1.0])
@@ -246,12 +254,12 @@ def test_layouts():
     dense = activations((2, 16, 7, 9), FP16, True)
     y, codes = fused.lrn_max_pool_fwd(dense, 5, ALPHA, BETA, K, after_relu=True)
     grad = torch.randn_like(y)
-    dx = fused.lrn_max_pool_bwd(grad, codes, dense, 5, ALPHA, BETA, K)
+    dx = backward.lrn_max_pool_bwd(grad, codes, dense, 5, ALPHA, BETA, K)
 
     strided = last(torch.zeros((2, 16, 7, 18), dtype=FP16))[..., ::2]
     strided.copy_(dense)
     y2, codes2 = fused.lrn_max_pool_fwd(strided, 5, ALPHA, BETA, K, after_relu=True)
-    dx2 = fused.lrn_max_pool_bwd(grad.contiguous(), codes2.contiguous(), strided, 5, ALPHA, BETA, K)
+    dx2 = backward.lrn_max_pool_bwd(grad.contiguous(), codes2.contiguous(), strided, 5, ALPHA, BETA, K)
     assert torch.equal(y, y2)
     assert torch.equal(codes, codes2)
     assert torch.equal(dx, dx2)
@@ -261,7 +269,7 @@ def test_layouts():
     one = dense[:1].expand(3, -1, -1, -1)
     y3, codes3 = fused.lrn_max_pool_fwd(one, 5, ALPHA, BETA, K, after_relu=True)
     assert torch.equal(y3, y[:1].expand_as(y3))
-    dx3 = fused.lrn_max_pool_bwd(grad[:1].expand_as(y3), codes3, one, 5, ALPHA, BETA, K)
+    dx3 = backward.lrn_max_pool_bwd(grad[:1].expand_as(y3), codes3, one, 5, ALPHA, BETA, K)
     assert torch.equal(dx3, dx[:1].expand_as(dx3))
 
 
@@ -271,7 +279,7 @@ def test_two_runs_are_bit_equal():
     runs = []
     for _ in range(2):
         y, codes = fused.lrn_max_pool_fwd(x, 5, ALPHA, BETA, K, after_relu=True)
-        runs.append((y, codes, *fused.lrn_max_pool_bwd(grad, codes, x, 5, ALPHA, BETA, K, bias_partials=True)))
+        runs.append((y, codes, *backward.lrn_max_pool_bwd(grad, codes, x, 5, ALPHA, BETA, K, bias_partials=True)))
     assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
 
 
@@ -279,7 +287,7 @@ def test_empty_batch():
     x = last(torch.zeros((0, 16, 7, 9), dtype=FP16))
     y, codes = fused.lrn_max_pool_fwd(x, 5, ALPHA, BETA, K)
     assert y.shape == codes.shape == (0, 16, 3, 4)
-    dx, partials = fused.lrn_max_pool_bwd(y, codes, x, 5, ALPHA, BETA, K, bias_partials=True)
+    dx, partials = backward.lrn_max_pool_bwd(y, codes, x, 5, ALPHA, BETA, K, bias_partials=True)
     assert dx.shape == x.shape
     assert partials.sum(0).tolist() == [0.0] * 16
 
@@ -319,15 +327,15 @@ def test_bad_arguments():
     with pytest.raises(ValueError, match="size is 11"):
         fused.lrn_max_pool_fwd(x, 11, ALPHA, BETA, K)
     with pytest.raises(ValueError, match="3 groups"):
-        fused.lrn_max_pool_bwd(y, codes, x, 5, ALPHA, BETA, K, groups=3)
+        backward.lrn_max_pool_bwd(y, codes, x, 5, ALPHA, BETA, K, groups=3)
     with pytest.raises(ValueError, match=r"grad must be \(1, 16, 3, 3\)"):
-        fused.lrn_max_pool_bwd(x, codes, x, 5, ALPHA, BETA, K)
+        backward.lrn_max_pool_bwd(x, codes, x, 5, ALPHA, BETA, K)
     with pytest.raises(ValueError, match=r"in torch\.float16, got \(1, 16, 3, 3\) in torch\.float32"):
-        fused.lrn_max_pool_bwd(y.float(), codes, x, 5, ALPHA, BETA, K)
+        backward.lrn_max_pool_bwd(y.float(), codes, x, 5, ALPHA, BETA, K)
     with pytest.raises(ValueError, match=r"codes must be .* in torch\.int8, got .* in torch\.float16"):
-        fused.lrn_max_pool_bwd(y, y, x, 5, ALPHA, BETA, K)
+        backward.lrn_max_pool_bwd(y, y, x, 5, ALPHA, BETA, K)
     with pytest.raises(ValueError, match=r"config\.rows must divide the 4"):
-        fused.lrn_max_pool_bwd(y, codes, x, 5, ALPHA, BETA, K, config=BackwardConfig(rows=3))
+        backward.lrn_max_pool_bwd(y, codes, x, 5, ALPHA, BETA, K, config=BackwardConfig(rows=3))
 
 
 @pytest.mark.parametrize("batch", [1, 16, 128, 1024])
@@ -339,8 +347,8 @@ def test_configs(batch, chunks, height):
     finest = batch * chunks * out * out
     assert items >= min(32 * fused.ENOUGH_WARPS, finest)
     pairs = triton.cdiv(height, 2)
-    assert fused.backward_config(batch, chunks, height, height, 2, False).rows == 1
-    rows = fused.backward_config(batch, chunks, height, height, 2, True).rows
+    assert backward.backward_config(batch, chunks, height, height, 2, False).rows == 1
+    rows = backward.backward_config(batch, chunks, height, height, 2, True).rows
     assert pairs % rows == 0
     moved = batch * chunks * 8 * (2 * 2 * height**2 + 3 * out**2)
 
@@ -349,8 +357,8 @@ def test_configs(batch, chunks, height):
 
     # the partials are small, or a coarser cut would leave the device idle
     coarser = next((d for d in range(rows + 1, pairs + 1) if pairs % d == 0), None)
-    small = items(rows) * 8 * 4 <= 1.01 * fused.PARTIALS_SHARE * moved
-    assert small or coarser is None or items(coarser) < 32 * fused.ENOUGH_BACKWARD_WARPS
+    small = items(rows) * 8 * 4 <= 1.01 * backward.PARTIALS_SHARE * moved
+    assert small or coarser is None or items(coarser) < 32 * backward.ENOUGH_WARPS
     if (chunks, height) in ((12, 55), (32, 27)) and batch >= 128:
         assert small
 
@@ -376,7 +384,7 @@ def test_more_than_2_31_elements(monkeypatch):
     x = activations((1, 8, 3, 3), FP16, True)
     y, codes = fused.lrn_max_pool_fwd(x, 5, ALPHA, BETA, K, after_relu=True)
     grad = torch.randn_like(y)
-    dx = fused.lrn_max_pool_bwd(grad, codes, x, 5, ALPHA, BETA, K)
+    dx = backward.lrn_max_pool_bwd(grad, codes, x, 5, ALPHA, BETA, K)
 
     batch = 2**31 // x.numel() + 1000
     final = batch - 1
@@ -409,7 +417,7 @@ def test_more_than_2_31_elements(monkeypatch):
     )
     items = batch * 2 * 2
     program = (items - 1) // 30
-    fused.lrn_max_pool_bwd_kernel[(1,)](
+    backward.lrn_max_pool_bwd_kernel[(1,)](
         *(pointers[name] for name in ("grad", "codes", "x", "dx", "dx")),
         items,
         **shared,
@@ -474,9 +482,9 @@ MUTATIONS = {
         "",
         lambda m: check_forward(last(any_sign().masked_fill(any_sign() > 4, torch.nan)), 5, module=m),
     ),
-    "no dead codes": (
-        "tl.where(c[0] < 0x10000, DEAD, ~c[0] & DEAD)",
-        "~c[0] & DEAD",
+    "no code of no cell": (
+        "tl.where(c[0] < 0x10000, NO_CELL, ~c[0] & NO_CELL)",
+        "~c[0] & NO_CELL",
         lambda m: check_backward((any_sign() - 4).relu(), 5, after_relu=True, module=m),
     ),
     "adjoint window not mirrored": (
@@ -512,18 +520,23 @@ MUTATIONS = {
 def test_mutations_turn_the_checks_red(mutation, tmp_path, monkeypatch):
     """Each check above, on a copy of the kernels with one mistake in it."""
     old, new, check = MUTATIONS[mutation]
-    with open(fused.__file__) as file:
-        source = file.read()
-    path = tmp_path / "mutant.py"
-    path.write_text(source.replace(old, new) if old else source)
-    spec = importlib.util.spec_from_file_location("fastalex.kernels.mutant", path)
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, spec.name, module)
-    spec.loader.exec_module(module)
+    module = SimpleNamespace()
+    original = backward if old and old not in Path(fused.__file__).read_text() else fused
+    for real, launcher in ((fused, "lrn_max_pool_fwd"), (backward, "lrn_max_pool_bwd")):
+        source = Path(real.__file__).read_text()
+        if real is original and old:
+            assert old in source
+            source = source.replace(old, new)
+        path = tmp_path / f"mutant_{launcher}.py"
+        path.write_text(source)
+        spec = importlib.util.spec_from_file_location(f"fastalex.kernels.mutant_{launcher}", path)
+        mutant = importlib.util.module_from_spec(spec)
+        monkeypatch.setitem(sys.modules, spec.name, mutant)
+        spec.loader.exec_module(mutant)
+        setattr(module, launcher, getattr(mutant, launcher))
     if check is None:
         for _, _, check in list(MUTATIONS.values())[1:]:
             check(module)
     else:
-        assert old in source
         with pytest.raises(AssertionError):
             check(module)

@@ -10,12 +10,13 @@ import torch
 import triton
 
 from fastalex import LPIPS, backend, cli
-from fastalex.alexnet import VARIANTS, AlexNet
+from fastalex.alexnet import AlexNet
 from fastalex.inspection import catalog, compiler, machine_code, traffic
 from fastalex.inspection.chips import CHIPS, times
 from fastalex.kernels import max_pool
 from fastalex.kernels.bias_relu import bias_relu_
 from fastalex.kernels.registers import interpreting
+from fastalex.variants import VARIANTS
 
 # ---- the catalogue
 

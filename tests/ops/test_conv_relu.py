@@ -8,7 +8,7 @@ import torch.nn.functional as torch_functional
 from operator_checks import LAYOUTS, MODES, check_against_reference, check_citizenship, tensor
 from tolerances import assert_matches
 
-from fastalex import backend, ops
+from fastalex import backend, choices, ops
 from fastalex import functional as F
 from fastalex.gpu import dispatch
 from fastalex.gpu.convolution import CONV2D_INPUT_GRAD, CONV2D_RELU, CONV2D_WEIGHT_GRAD
@@ -271,7 +271,7 @@ def test_every_candidate(operation, name):
         return F.conv2d_relu(x, w, b, *geometry)
 
     with backend.use("triton"), dispatch.force(operation, name):
-        assert f"{operation} by {name} (forced)" in backend.explain(conv, *tensors)
+        assert f"{operation} by {name} (forced)" in choices.explain(conv, *tensors)
         y, again = conv(*tensors), conv(*tensors)
         grad = torch.randn_like(y)
         results, twins = (

@@ -16,14 +16,14 @@ from small_runs import run
 
 from fastalex import checkpoint, files
 from fastalex.checkpoint import STATE
-from fastalex.training import loop
+from fastalex.training.progress import Callback
 
 
 def die():
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-class DieAt(loop.Watcher):
+class DieAt(Callback):
     def __init__(self, step):
         self.left = step
 
@@ -63,13 +63,13 @@ def die_around(name, call, after):
     setattr(files.os, name, wrapped)
 
 
-def attempt(folder, before=lambda: None, watcher=None, kill_after=None):
+def attempt(folder, before=lambda: None, callback=None, kill_after=None):
     """The exit status of a child that trains, from the saved state if there is one."""
     child = os.fork()
     if child == 0:
         try:
             before()
-            run(folder, resume=(folder / STATE).exists(), save_steps=1, watcher=watcher)
+            run(folder, resume=(folder / STATE).exists(), save_steps=1, callback=callback)
             os._exit(0)
         except BaseException as error:
             print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
@@ -87,8 +87,8 @@ def main(root):
     duration = time.perf_counter() - started
     folder, choose = root / "killed", random.Random(0)
     endings += [
-        attempt(folder, watcher=DieAt(1)),  # before anything is saved
-        attempt(folder, watcher=DieAt(2)),
+        attempt(folder, callback=DieAt(1)),  # before anything is saved
+        attempt(folder, callback=DieAt(2)),
         attempt(folder, lambda: die_half_way(2)),
         attempt(folder, lambda: die_around("replace", 3, after=False)),
         attempt(folder, lambda: die_around("replace", 3, after=True)),

@@ -1,7 +1,7 @@
 """Training in several processes: `python several_processes.py FOLDER SIZE`, forked from one that has imported all.
 
-Leaves FOLDER/one, a run of one process that accumulates SIZE pieces, and runs of SIZE processes that must end in the
-same way: FOLDER/many, FOLDER/stopped (stopped by SIGTERM and resumed by SIZE) and FOLDER/fewer (resumed by one).
+Leaves FOLDER/one, a run of one process that accumulates SIZE micro-batches, and runs of SIZE processes that must end in
+the same way: FOLDER/many, FOLDER/stopped (stopped by SIGTERM, resumed by SIZE) and FOLDER/fewer (resumed by one).
 The same without dropout: FOLDER/plain of one process, and of several in the hybrid form FOLDER/hybrid,
 FOLDER/hybrid-fewer (resumed by one) and FOLDER/hybrid-more (stopped in the data-parallel form).
 """
@@ -16,12 +16,13 @@ import torch
 from small_runs import Pictures, changed, run
 
 from fastalex import distributed
-from fastalex.training import loop
+from fastalex.training.progress import Callback
+from fastalex.training.stopping import Stopped
 
 CPU = torch.device("cpu")
 
 
-class Terminated(loop.Watcher):
+class Terminated(Callback):
     """SIGTERM reaches the processes at different times."""
 
     def __init__(self, rank):
@@ -53,7 +54,7 @@ def processes(size, work):
                 with distributed.process_group(CPU):
                     work(rank)
                 code = 0
-            except loop.Stopped:
+            except Stopped:
                 code = 3
             except ValueError as error:
                 print(error, file=sys.stderr, flush=True)
@@ -70,9 +71,9 @@ def main(root, size):
     torch.set_num_threads(1)
     train(root / "one", accumulate=size)
     print(*processes(size, lambda rank: train(root / "many")))
-    print(*processes(size, lambda rank: train(root / "stopped", watcher=Terminated(rank))))
+    print(*processes(size, lambda rank: train(root / "stopped", callback=Terminated(rank))))
     print(*processes(size, lambda rank: train(root / "stopped", resume=True)))
-    print(*processes(size, lambda rank: train(root / "fewer", watcher=Terminated(rank))))
+    print(*processes(size, lambda rank: train(root / "fewer", callback=Terminated(rank))))
     train(root / "fewer", accumulate=size, resume=True)
     # what rank 0 finds wrong with a state ends all of them
     print(*processes(size, lambda rank: train(root / "fewer", resume=True, recipe={"lr": 9.0})))
@@ -81,9 +82,9 @@ def main(root, size):
     train(root / "plain", accumulate=size, **exact)
     hybrid = {"parallel": "hybrid", **exact}
     print(*processes(size, lambda rank: train(root / "hybrid", **hybrid)))
-    print(*processes(size, lambda rank: train(root / "hybrid-fewer", watcher=Terminated(rank), **hybrid)))
+    print(*processes(size, lambda rank: train(root / "hybrid-fewer", callback=Terminated(rank), **hybrid)))
     train(root / "hybrid-fewer", accumulate=size, resume=True, **exact)
-    print(*processes(size, lambda rank: train(root / "hybrid-more", watcher=Terminated(rank), **exact)))
+    print(*processes(size, lambda rank: train(root / "hybrid-more", callback=Terminated(rank), **exact)))
     print(*processes(size, lambda rank: train(root / "hybrid-more", resume=True, **hybrid)))
 
 

@@ -20,11 +20,14 @@ from small_runs import Pictures, changed, run, without_timings
 from fastalex import AlexNet
 from fastalex.checkpoint import MODEL, PREVIOUS_STATE, STATE
 from fastalex.training import loop
+from fastalex.training.options import Options
+from fastalex.training.progress import METRICS, Callback
+from fastalex.training.stopping import Stopped
 
 HERE = Path(__file__).parent
 
 
-class AtStep(loop.Watcher):
+class AtStep(Callback):
     """Calls `action` after the given step."""
 
     def __init__(self, step, action):
@@ -47,7 +50,7 @@ def same_weights(first, second):
 
 
 def metrics(folder):
-    return without_timings([json.loads(line) for line in (folder / loop.METRICS).read_text().splitlines()])
+    return without_timings([json.loads(line) for line in (folder / METRICS).read_text().splitlines()])
 
 
 @pytest.fixture(scope="module")
@@ -73,14 +76,14 @@ def test_killed_at_many_points(tmp_path):
     assert set(endings[8:-1]) <= {"0", str(-signal.SIGKILL)}, done.stderr
     same_weights(tmp_path / "whole", tmp_path / "killed")
     assert metrics(tmp_path / "whole") == metrics(tmp_path / "killed")
-    assert {f.name for f in (tmp_path / "killed").iterdir()} == {MODEL, STATE, PREVIOUS_STATE, loop.METRICS}
+    assert {f.name for f in (tmp_path / "killed").iterdir()} == {MODEL, STATE, PREVIOUS_STATE, METRICS}
 
 
 @pytest.mark.parametrize("step", [1, 6, 8])  # the first, one within an epoch, the last of an epoch
 def test_sigterm_saves_and_stops(whole, tmp_path, step):
     handler = signal.getsignal(signal.SIGTERM)
-    with pytest.raises(loop.Stopped, match="SIGTERM"):
-        run(tmp_path, watcher=AtStep(step, terminate))
+    with pytest.raises(Stopped, match="SIGTERM"):
+        run(tmp_path, callback=AtStep(step, terminate))
     assert signal.getsignal(signal.SIGTERM) is handler
     assert torch.load(tmp_path / STATE)["step"] == step
     run(tmp_path, resume=True)
@@ -95,7 +98,7 @@ def test_sigterm_during_evaluation(whole, tmp_path):
                 terminate()
             return super().batches(split, indices)
 
-    with pytest.raises(loop.Stopped):
+    with pytest.raises(Stopped):
         run(tmp_path, data=Terminating())
     state = torch.load(tmp_path / STATE)
     assert (state["step"], state["history"]) == (4, [])
@@ -110,7 +113,7 @@ def test_a_second_ctrl_c_does_not_wait(tmp_path):
         signal.raise_signal(signal.SIGINT)
 
     with pytest.raises(KeyboardInterrupt):
-        run(tmp_path, watcher=AtStep(3, twice))
+        run(tmp_path, callback=AtStep(3, twice))
     assert not (tmp_path / STATE).exists()
 
 
@@ -118,7 +121,7 @@ def test_a_ctrl_c_that_is_ignored_stays_ignored(whole, tmp_path):
     """As under nohup, where a closing terminal must not end the run."""
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
-        run(tmp_path, watcher=AtStep(3, lambda: signal.raise_signal(signal.SIGINT)))
+        run(tmp_path, callback=AtStep(3, lambda: signal.raise_signal(signal.SIGINT)))
     finally:
         signal.signal(signal.SIGINT, before)
     same_weights(whole, tmp_path)
@@ -133,7 +136,7 @@ def test_ctrl_c_that_ends_the_reading_processes_too(whole, tmp_path):
                     raise RuntimeError("DataLoader worker (pid 1) exited unexpectedly")
                 yield batch
 
-    with pytest.raises(loop.Stopped, match="SIGINT"):
+    with pytest.raises(Stopped, match="SIGINT"):
         run(tmp_path, data=Reader())
     assert torch.load(tmp_path / STATE)["step"] == 2
     run(tmp_path, data=Reader(), resume=True)
@@ -146,10 +149,10 @@ def test_states_are_saved_every_so_many_steps_and_minutes(tmp_path):
     look.batch_done = lambda images: seen.append(
         torch.load(tmp_path / STATE)["step"] if (tmp_path / STATE).exists() else 0
     )
-    run(tmp_path, changed(epochs=1), save_steps=2, watcher=look)
+    run(tmp_path, changed(epochs=1), save_steps=2, callback=look)
     assert seen == [0, 0, 2, 2]
     seen.clear()
-    run(tmp_path, changed(epochs=1), save_minutes=0, watcher=look)
+    run(tmp_path, changed(epochs=1), save_minutes=0, callback=look)
     assert seen[1:] == [1, 2, 3]
 
 
@@ -165,9 +168,9 @@ def test_a_diverging_run_keeps_its_last_good_state(tmp_path, step):
 
     recipe = changed(epochs=1)
     model = AlexNet(4, recipe.dropout, variant=recipe.variant)
-    options = loop.Options(save_steps=2 if step == 2 else None)
+    options = Options(save_steps=2 if step == 2 else None)
     with pytest.raises(FloatingPointError, match=rf"by step {step} of epoch 1: lower .* earlier step"):
-        loop.train(model, Pictures(), recipe, tmp_path, options=options, watcher=AtStep(step, poison))
+        loop.train(model, Pictures(), recipe, tmp_path, options=options, callback=AtStep(step, poison))
     assert [(tmp_path / name).read_bytes() for name in (STATE, MODEL)] == good
 
 
@@ -188,7 +191,7 @@ def test_a_full_disk_ends_the_run_and_keeps_the_last_state(whole, tmp_path):
 
     try:
         with pytest.raises(OSError, match=r"cannot write .*state.pt: .*; the old state.pt is untouched"):
-            run(tmp_path, save_steps=3, watcher=AtStep(5, fill))
+            run(tmp_path, save_steps=3, callback=AtStep(5, fill))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert torch.load(tmp_path / STATE)["step"] == 4
@@ -198,8 +201,8 @@ def test_a_full_disk_ends_the_run_and_keeps_the_last_state(whole, tmp_path):
 
 @pytest.mark.parametrize("damage", ["truncated", "one bit", "empty", "text"])
 def test_a_damaged_state_names_its_predecessor(whole, tmp_path, damage):
-    with pytest.raises(loop.Stopped):
-        run(tmp_path, save_steps=2, watcher=AtStep(6, terminate))
+    with pytest.raises(Stopped):
+        run(tmp_path, save_steps=2, callback=AtStep(6, terminate))
     content = bytearray((tmp_path / STATE).read_bytes())
     if damage == "one bit":
         content[len(content) // 2] ^= 1

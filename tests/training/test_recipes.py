@@ -8,12 +8,12 @@ import torch
 from small_runs import RECIPE, TINY
 from torch.optim.lr_scheduler import OneCycleLR
 
-from fastalex.training.optimizer import make_optimizer, plateaus, rate_at, set_rate
+from fastalex.training.optimizer import lr_at, make_optimizer, plateaus, set_lr
 from fastalex.training.recipes import RECIPES, Recipe
 
 
 def rates(recipe, steps_per_epoch, errors=()):
-    return [rate_at(recipe, step, steps_per_epoch, errors) for step in range(recipe.epochs * steps_per_epoch)]
+    return [lr_at(recipe, step, steps_per_epoch, errors) for step in range(recipe.epochs * steps_per_epoch)]
 
 
 def test_one_cycle_is_pytorchs():
@@ -35,13 +35,11 @@ def test_caffe_divides_every_100_000_steps():
     recipe = RECIPES["caffe"]
     per_epoch = recipe.steps_per_epoch(1_281_167)
     changes = [
-        s
-        for s in range(1, recipe.epochs * per_epoch)
-        if rate_at(recipe, s, per_epoch) != rate_at(recipe, s - 1, per_epoch)
+        s for s in range(1, recipe.epochs * per_epoch) if lr_at(recipe, s, per_epoch) != lr_at(recipe, s - 1, per_epoch)
     ]
     assert changes == pytest.approx([100_000, 200_000, 300_000, 400_000], abs=per_epoch)
     assert recipe.epochs * per_epoch == pytest.approx(450_000, abs=per_epoch)
-    assert rate_at(recipe, changes[-1], per_epoch) == pytest.approx(1e-6)
+    assert lr_at(recipe, changes[-1], per_epoch) == pytest.approx(1e-6)
 
 
 def test_cosine_after_warm_up():
@@ -63,7 +61,7 @@ def test_plateaus():
     assert plateaus([0.4] * 6 + [0.3, 0.3, 0.3], 2) == 1
     assert plateaus([0.4] * 100, 2) == 3  # three times at most
     recipe = replace(RECIPES["paper"], patience=2)
-    assert rate_at(recipe, 0, 100, [0.4] * 7) == pytest.approx(recipe.lr / 100)
+    assert lr_at(recipe, 0, 100, [0.4] * 7) == pytest.approx(recipe.lr / 100)
 
 
 def test_every_recipe_names_the_published_numbers():
@@ -100,7 +98,7 @@ def steps(model, recipe, rates):
             generator = torch.Generator().manual_seed(10 * i + j)
             parameter.grad = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
         yield [p.grad.clone() for p in model.parameters()]
-        set_rate(optimizer, rate, in_velocity=recipe.lr_in_velocity)
+        set_lr(optimizer, rate, in_velocity=recipe.lr_in_velocity)
         optimizer.step()
 
 

@@ -1,4 +1,4 @@
-"""Several processes compute what one computes that accumulates as many pieces, and take over from each other."""
+"""Several processes compute what one computes that accumulates as many micro-batches, and take over from each other."""
 
 import json
 import os
@@ -13,7 +13,7 @@ import torch
 from small_runs import without_timings
 
 from fastalex.checkpoint import MODEL, STATE
-from fastalex.training import loop
+from fastalex.training.progress import METRICS
 
 load_file = pytest.importorskip("safetensors.torch").load_file
 pytestmark = pytest.mark.skipif(
@@ -55,7 +55,7 @@ def same_end(folder, first, *others):
             assert weights.dtype == torch.float64
             torch.testing.assert_close(other[key], weights, rtol=0, atol=TOLERANCE, msg=lambda m, n=name: f"{n}: {m}")
         pair = [
-            without_timings([json.loads(line) for line in (folder / n / loop.METRICS).read_text().splitlines()])
+            without_timings([json.loads(line) for line in (folder / n / METRICS).read_text().splitlines()])
             for n in (first, name)
         ]
         for expected, found in zip(*pair, strict=True):

@@ -17,6 +17,8 @@ from fastalex.data.preprocessing import Colours
 from fastalex.evaluation.metrics import evaluate, in_top
 from fastalex.files import replacing
 from fastalex.training import loop
+from fastalex.training.options import Options
+from fastalex.training.progress import METRICS, Callback
 from fastalex.training.recipes import RECIPES
 
 pytest.importorskip("safetensors")
@@ -26,7 +28,7 @@ class Stop(Exception):
     pass
 
 
-class StopAfter(loop.Watcher):
+class StopAfter(Callback):
     """Leaves the run after so many steps, as if it had crashed."""
 
     def __init__(self, steps):
@@ -52,7 +54,7 @@ def test_metrics_are_written_line_by_line(finished):
 
 
 def test_no_temporary_files_are_left(finished):
-    assert {file.name for file in finished[0].iterdir()} == {MODEL, STATE, PREVIOUS_STATE, loop.METRICS}
+    assert {file.name for file in finished[0].iterdir()} == {MODEL, STATE, PREVIOUS_STATE, METRICS}
 
 
 def test_checkpoint_rebuilds_the_model(finished):
@@ -73,7 +75,7 @@ def test_resumed_run_ends_with_the_same_weights(tmp_path, schedule, amp):
     recipe = changed(schedule=schedule, amp=amp, warmup_epochs=0.5, patience=1, step_epochs=1, lr_in_velocity=True)
     whole, history = run(tmp_path / "whole", recipe)
     with pytest.raises(Stop):
-        run(tmp_path / "stopped", recipe, save_steps=1, watcher=StopAfter(6))
+        run(tmp_path / "stopped", recipe, save_steps=1, callback=StopAfter(6))
     torch.rand(7)  # whatever else the process draws must not matter
     resumed, resumed_history = run(tmp_path / "stopped", recipe, resume=True)
     for name, tensor in whole.state_dict().items():
@@ -87,7 +89,7 @@ def test_it_learns(tmp_path):
 
 
 def test_accumulation_changes_nothing_without_dropout(tmp_path):
-    """In float64.  Crops, mirror images and colours belong to the picture, not to the piece."""
+    """In float64.  Crops, mirror images and colours belong to the picture, not to the micro-batch."""
     recipe = changed(dropout=0.0, colours=True)
     one, _ = run(tmp_path / "one", recipe, data=Coloured(), wide=True)
     three, _ = run(tmp_path / "three", recipe, data=Coloured(), wide=True, accumulate=3)
@@ -132,7 +134,7 @@ def test_inputs_change_from_epoch_to_epoch_and_with_the_recipe(tmp_path, monkeyp
     assert seen(amp="bf16")[0].dtype == torch.bfloat16
 
 
-def test_pieces_draw_different_dropout(tmp_path):
+def test_micro_batches_draw_different_dropout(tmp_path):
     drawn = []
 
     forward = AlexNet.forward
@@ -147,10 +149,10 @@ def test_pieces_draw_different_dropout(tmp_path):
         run(tmp_path, changed(epochs=2), accumulate=2)
     assert len(set(drawn)) == len(drawn) == 2 * 4 * 2
     seeds = {
-        loop.seed_of(seed, "step", step, piece) & 0xFFFFFFFF
+        loop.seed_of(seed, "step", step, micro_batch) & 0xFFFFFFFF
         for seed in (0, 1)
         for step in (0, 1, 2**20)
-        for piece in (0, 1)
+        for micro_batch in (0, 1)
     }
     assert len(seeds) == 12  # the low half, which is all that PyTorch's CPU generator looks at
 
@@ -211,7 +213,7 @@ def test_compiled_training_computes_the_same(tmp_path):
 def test_options_are_checked(tmp_path):
     for name, value in (("accumulate", 0), ("save_steps", 0), ("save_minutes", -1.0)):
         with pytest.raises(ValueError, match=name):
-            loop.Options(**{name: value})
+            Options(**{name: value})
     with pytest.raises(ValueError, match=r"batch_size must be at least .* 21, got 20"):
         run(tmp_path, accumulate=21)
 

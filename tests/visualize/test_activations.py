@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fastalex import AlexNet
-from fastalex.alexnet import VARIANTS
+from fastalex.variants import VARIANTS
 from fastalex.visualize.activations import activations, hidden_features, layer_names
 
 NORMALISED = ["conv1", "pool1", "conv2", "pool2", "conv3", "conv4", "conv5", "pool5", "fc6", "fc7", "fc8"]

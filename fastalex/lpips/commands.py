@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,9 +11,12 @@ from torch import Tensor
 from torchvision.transforms.v2 import functional as transforms
 
 from fastalex.data.sources import ENDINGS
+from fastalex.devices import find_device
 from fastalex.evaluation.classifier import open_picture
+from fastalex.files import write_whole
 from fastalex.lpips.model import LPIPS
 from fastalex.visualize import figures
+from fastalex.visualize.console import print_distances, tell_written
 
 
 def pairs_of(first: Path, second: Path) -> list[tuple[str, Path, Path]]:
@@ -38,8 +42,34 @@ def pairs_of(first: Path, second: Path) -> list[tuple[str, Path, Path]]:
     return [(name, first / name, second / name) for name in sorted(names[0])]
 
 
+def compare(
+    first: Path,
+    second: Path,
+    net: str,
+    *,
+    trunk: Path | None,
+    json_file: Path | None,
+    maps: Path | None,
+    device: str | None,
+) -> None:
+    """A table of the distances; on request the same as JSON, and maps."""
+    pairs = pairs_of(first, second)
+    loss = LPIPS(net=net, trunk=trunk).to(find_device(device))
+    distances = list(distances_of(loss, pairs, maps))
+    print_distances(distances)
+    if json_file is not None:
+        mean = sum(distance for _, distance in distances) / len(distances)
+        found = {"net": net, "version": loss.version, "mean": mean, "distances": dict(distances)}
+        write_whole(json_file, json.dumps(found, indent=2) + "\n")
+    written = [path for path in (json_file, maps) if path is not None]
+    if written:
+        tell_written(written)
+
+
 @torch.inference_mode()
-def compare(loss: LPIPS, pairs: list[tuple[str, Path, Path]], maps: Path | None = None) -> Iterator[tuple[str, float]]:
+def distances_of(
+    loss: LPIPS, pairs: list[tuple[str, Path, Path]], maps: Path | None = None
+) -> Iterator[tuple[str, float]]:
     """(name, distance) of each pair; with `maps` its map is drawn, into that file, or into that folder if there are
     several pairs.
 

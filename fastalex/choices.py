@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._guards import detect_fake_mode
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastalex import backend
+from fastalex import backend, dynamo
 from fastalex.gpu import dispatch
 from fastalex.gpu.convolution import CONV2D_INPUT_GRAD, CONV2D_RELU, CONV2D_WEIGHT_GRAD, output_format
 from fastalex.gpu.linear import LINEAR_RELU
@@ -31,7 +33,18 @@ class _Recorder(TorchDispatchMode):
 
 
 def operator_calls(function: Callable[..., Any], *args: Any, **kwargs: Any) -> list[tuple[str, tuple[Any, ...]]]:
-    """(name, arguments) of each of fastalex's operators that the call runs, in order.  Nothing is computed."""
+    """(name, arguments) of each of fastalex's operators that the call runs, in order.  Nothing is computed.
+
+    But for a compiled module, which Dynamo must call once: it is taken for one of the backend "fastalex".
+    """
+    if dynamo.is_compiled(function):
+        graphs, _ = dynamo.rewritten(function, *args, **kwargs)
+        with _Recorder() as recorder:
+            for graph in graphs:
+                inputs = dynamo.inputs_of(graph)
+                with detect_fake_mode(inputs) or contextlib.nullcontext():
+                    graph(*inputs)
+        return recorder.calls
     with FakeTensorMode(allow_non_fake_inputs=True) as fake, _Recorder() as recorder:
         fakes = [fake.from_tensor(a) if isinstance(a, Tensor) else a for a in args]
         named = {name: fake.from_tensor(a) if isinstance(a, Tensor) else a for name, a in kwargs.items()}
@@ -65,7 +78,17 @@ def dispatched(name: str, args: tuple[Any, ...], *, training: bool = True) -> Ca
 
 
 def explain(function: Callable[..., Any], *args: Any, **kwargs: Any) -> str:
-    """See `fastalex.backend.explain`."""
+    """What `function(*args, **kwargs)` would run: one line per operator and choice, with the reason.
+
+    function: one of `fastalex.functional`, a module or a whole model.  The call is traced on fake tensors: nothing is
+    computed or launched, and no memory is allocated; only a compiled module is called once, as by `fastalex.explain`,
+    which says what became part of the operators.  The choices of the backward pass are listed as if every tensor
+    needed a gradient.
+
+        >>> print(fastalex.choices.explain(model, images))
+        conv2d_relu_pool: conv2d_relu by library (shipped default; not measured here: conv2d_relu: 96x27x27 -> ...)
+        ...
+    """
     lines = []
     for name, call in operator_calls(function, *args, **kwargs):
         tensor = next(a for a in call if isinstance(a, Tensor))
@@ -76,10 +99,10 @@ def explain(function: Callable[..., Any], *args: Any, **kwargs: Any) -> str:
         if reason is not None:
             lines.append(f"{name}: cannot run: {reason}")
             continue
-        choices = dispatched(name, call)
-        if not choices:
+        operations = dispatched(name, call)
+        if not operations:
             lines.append(f"{name}: Triton kernel")
-        for operation, arguments in choices:
+        for operation, arguments in operations:
             try:
                 candidate, why = dispatch.choose(operation, *arguments)
                 lines.append(f"{name}: {operation.name} by {candidate.name} ({why})")
