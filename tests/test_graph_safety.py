@@ -128,10 +128,13 @@ def test_no_host_reads_in_a_model(launches):
 def test_no_host_reads_in_lpips(launches, monkeypatch):
     """Forward and backward, with the gradients of both images."""
     loss = fastalex.LPIPS(pnet_rand=True)
+    memory = {
+        name: (tensor.shape, tensor.stride()) for name, tensor in [*loss.named_parameters(), *loss.named_buffers()]
+    }
 
     def function(image, target):
         options = {"device": DEVICE, "dtype": torch.float16}
-        state = {n: torch.empty_strided(p.shape, p.stride(), **options) for n, p in loss.state_dict().items()}
+        state = {name: torch.empty_strided(*places, **options) for name, places in memory.items()}
         return functional_call(loss, state, (image, target))
 
     forward_and_backward(monkeypatch, function, [(2, 3, 40, 40)] * 2, module=sys.modules["fastalex.lpips.model"])
