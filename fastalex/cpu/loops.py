@@ -1,4 +1,4 @@
-"""LRN and max-pooling as loops that numba compiles, for each dtype when it is first met.
+"""LRN, max-pooling and the distances of LPIPS as loops that numba compiles, for each dtype when it is first met.
 
 PyTorch would run a chain of ten operations over memory; here a row of channels goes through the chain in registers and
 L1.  Kernels see a tensor's memory as arrays: channels innermost, or, those with `planes` in their names, a plane per
@@ -27,6 +27,8 @@ from torch import Tensor
 # error_model: a division by zero gives infinity, without a branch that would keep loops from being vectorised
 compiled = numba.njit(nogil=True, cache=True, error_model="numpy")
 inlined = register_jitable(error_model="numpy")
+# sums in an order that vectors of the processor can take; the same in every run
+compiled_sums = numba.njit(nogil=True, cache=True, error_model="numpy", fastmath={"reassoc"})
 
 # Elements that one stage of a chain makes before the next reads them.  With fewer, loads at a shift of one channel meet
 # stores that have not left the store buffer, and wait: LRN forward in rows of 96 takes 1.6 times as long.
@@ -35,6 +37,7 @@ STRIP = 2048
 SERIAL = 2**17
 # Ranges per thread: one that is held up leaves its share to the others.
 RANGES = 4
+LPIPS_EPS = np.float32(1e-10)
 
 
 # --------------------------------------------------------------------------------------------------- for the kernels
@@ -355,6 +358,71 @@ def lrn_max_pool_backward_kernel(  # type: ignore[no-untyped-def]
             a, b = (row * plane[1] + first) * groups, (row * plane[1] + last) * groups
             wide = total.reshape(strip * groups, inner)[: b - a]
             normalise_backward(wide, x[a:b], norm, numbers, squares, base, terms, dx[a:b], after_relu)
+
+
+@compiled_sums
+def lpips_kernel(start, stop, a, b, weight, out, pixels, others):  # type: ignore[no-untyped-def]
+    """out[row] = sum_c weight_c (a_c / (|a| + eps) - b_c / (|b| + eps))^2; image i of a with image i % others of b."""
+    channels = a.shape[1]
+    for row in range(start, stop):
+        image = row // pixels
+        x, y = a[row], b[row + (image % others - image) * pixels]
+        xx, yy = np.float32(0), np.float32(0)
+        for c in range(channels):
+            left, right = widen(x[c]), widen(y[c])
+            xx += left * left
+            yy += right * right
+        x_scale = np.float32(1) / (np.sqrt(xx) + LPIPS_EPS)
+        y_scale = np.float32(1) / (np.sqrt(yy) + LPIPS_EPS)
+        total = np.float32(0)
+        for c in range(channels):
+            d = widen(x[c]) * x_scale - widen(y[c]) * y_scale
+            total += weight[c] * d * d
+        out[row] = total
+
+
+@compiled_sums
+def lpips_backward_kernel(  # type: ignore[no-untyped-def]
+    start, stop, x, y, weight, grad, above, codes, dx, plane, output, link, mode, window, table, after_relu
+):
+    """The gradient of x, as kernels/lpips.py has it.  grad: (rows, 1) or (rows, pixels), twice what comes in.
+
+    link: (shift, others); image i was compared with image (i + shift) % others.  mode: what `above` is: 0 nothing, 1
+    the gradient of x itself, 2 that of a max-pool over x.
+    """
+    channels, pixels = x.shape[1], plane[0] * plane[1]
+    pooled = workspace(channels, x)
+    for row in range(start, stop):
+        image, pixel = divmod(row, pixels)
+        left, right, out = x[row], y[(image + link[0]) % link[1] * pixels + pixel], dx[row]
+        xx, yy = np.float32(0), np.float32(0)
+        for c in range(channels):
+            a, b = widen(left[c]), widen(right[c])
+            xx += a * a
+            yy += b * b
+        norm = np.sqrt(xx)
+        x_scale = np.float32(1) / (norm + LPIPS_EPS)
+        y_scale = np.float32(1) / (np.sqrt(yy) + LPIPS_EPS)
+        incoming = grad[image % grad.shape[0], pixel % grad.shape[1]]
+        along = np.float32(0)
+        for c in range(channels):
+            a = widen(left[c])
+            along += a * (weight[c] * (a * x_scale - widen(right[c]) * y_scale))
+        inner = incoming * x_scale
+        along = incoming * along * x_scale * x_scale / norm
+        if norm == 0:
+            inner, along = np.float32(0), np.float32(0)
+        if mode == 2:
+            h, w = divmod(pixel, plane[1])
+            gather(above, codes, image, h, w, channels, output, window, table, pooled)
+        elif mode == 1:
+            load(above[row * channels : (row + 1) * channels], pooled)
+        else:
+            pooled[:] = 0
+        for c in range(channels):
+            a = widen(left[c])
+            total = inner * (weight[c] * (a * x_scale - widen(right[c]) * y_scale)) - a * along + pooled[c]
+            out[c] = narrow(np.float32(0) if after_relu & (a <= 0) else total, dx)
 
 
 # ----------------------------------------------------------------------------------- the kernels, a plane per channel
