@@ -6,6 +6,7 @@ programs that share a line run far apart.  Images have the layer's full size; ma
 """
 
 import contextlib
+import itertools
 from dataclasses import replace
 
 import numpy as np
@@ -144,9 +145,9 @@ def count_gradient(entry):
     x_bytes, weight_bytes, y_bytes = (sectors(count, size) for count in (x.numel(), weight.numel(), y))
     found = list(catalog.launches(entry))
     if entry.grad == "input_grad":
-        # y of the mask is as large as dx; the partial sums are summed by the second launch
-        partials = found[1].argument("count") * entry.channels * 4
-        moved = [(y_bytes + weight_bytes + x_bytes, x_bytes + partials), (partials, entry.channels * 4)]
+        # y of the mask is as large as dx; the partial sums are summed by the launches behind it
+        rows = [4 * entry.channels * launch.argument("count") for launch in found[1:]] + [4 * entry.channels]
+        moved = [(y_bytes + weight_bytes + x_bytes, x_bytes + rows[0]), *itertools.pairwise(rows)]
     elif len(found) == 1:
         moved = [(y_bytes + x_bytes, weight_bytes)]
     else:

@@ -13,7 +13,6 @@ from fastalex import LPIPS, backend, cli
 from fastalex.alexnet import AlexNet
 from fastalex.inspection import catalog, compiler, machine_code, traffic
 from fastalex.inspection.chips import CHIPS, times
-from fastalex.kernels import max_pool
 from fastalex.kernels.bias_relu import bias_relu_
 from fastalex.kernels.registers import interpreting
 from fastalex.variants import VARIANTS
@@ -464,10 +463,8 @@ def test_no_worse_than_the_baseline(name, dtype, target, answers):
 
 
 @pytest.mark.skipif(not interpreting(), reason="launchers ask the device for its memory")
-def test_the_baseline_has_every_launch(monkeypatch):
+def test_the_baseline_has_every_launch():
     """A row for each launch that `make kernel-table` compiles, and no other."""
-    # the packed pairs are PTX, which the interpreter would go around
-    monkeypatch.setattr(max_pool, "use_asm", lambda: True)
     asked = inspect.signature(cli.inspect).parameters
     expected = Counter(
         (name, target, launch.name)
