@@ -31,7 +31,7 @@ BASELINE = machine_code.load(ROOT / "tests" / "kernels" / "baseline.json")
 
 
 def test_the_page_is_read_whole():
-    assert len(PAGE.split("\n## ")) == 11
+    assert len(PAGE.split("\n## ")) == 12
     assert len(BLOCKS) == len(QUOTES) + len(PROGRAMS) + len(BREAKS) + len(SLOWS) + 1
     assert min(map(len, (QUOTES, PROGRAMS, COMMANDS, NUMBERS, BREAKS, SLOWS))) > 0
     assert PAGE.count("**Exercise.**") == len(BREAKS) + len(SLOWS) == 9
@@ -124,6 +124,13 @@ def row_of(entry, target):
 @pytest.mark.parametrize(("entry", "target", "text"), NUMBERS)
 def test_numbers(entry, target, text):
     assert text == sentence(row_of(entry, target))
+
+
+def test_instructions_that_take_as_long_as_four_bytes():
+    row = next(row for row in BASELINE["rows"] if row["entry"] == NUMBERS[0][0])
+    times = row["modelled_us"]["H100"]
+    instructions = row["instructions"] / times["issue"] / (row["dram"] / times["DRAM"]) * 4
+    assert f"{instructions:.0f} of them take an H100 as long as 4 bytes" in " ".join(PAGE.split())
 
 
 @pytest.mark.skipif(BASELINE["triton"] != triton.__version__, reason="another Triton compiles to other code")
