@@ -28,15 +28,16 @@ def broken_links(text, folder):
             continue
         file, _, anchor = target.partition("#")
         path = folder / file
-        if not path.exists() or (anchor and anchor not in anchors(path.read_text())):
+        if not path.exists() or (anchor and anchor not in anchors(path.read_text() if file else text)):
             found.append(target)
     return found
 
 
 def missing_names(text):
-    """Paths of ours in backticks, `tests/test_x.py::test_y` among them, that are not there."""
+    """Paths of ours in backticks and commands, `tests/test_x.py::test_y` among them, that are not there."""
     found = []
-    for name in re.findall(r"`([^`\n]+)`", text):
+    commands = re.findall(r"^```sh\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    for name in [*re.findall(r"`([^`\n]+)`", text), *" ".join(commands).split()]:
         file, _, test = name.partition("::")
         if not re.fullmatch(rf"(?:{'|'.join(FOLDERS)})/[\w./-]*", file):
             continue
@@ -60,7 +61,8 @@ def test_what_documents_name_is_there(document):
 
 
 def test_what_is_missing_is_noticed():
-    text = "[a](nowhere.md) [b](gpu.md#nothing) [c](gpu.md#kernels) `kernels/layout.py` `tests/test_tour.py::test_none`"
-    assert broken_links(text, ROOT / "docs") == ["nowhere.md", "gpu.md#nothing"]
+    text = "[a](nowhere.md) [b](gpu.md#nothing) [c](gpu.md#kernels) [d](#e) `kernels/layout.py` `tests/test_tour.py::test_none`"
+    assert broken_links(text, ROOT / "docs") == ["nowhere.md", "gpu.md#nothing", "#e"]
     assert missing_names(text) == ["kernels/layout.py", "tests/test_tour.py::test_none"]
+    assert missing_names("```sh\npython -m pytest tests/test_none.py\n```") == ["tests/test_none.py"]
     assert missing_targets("make demo\n`make tea`") == {"tea"}
