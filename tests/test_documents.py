@@ -61,8 +61,10 @@ def test_what_documents_name_is_there(document):
 
 
 def test_what_is_missing_is_noticed():
-    text = "[a](nowhere.md) [b](gpu.md#nothing) [c](gpu.md#kernels) [d](#e) `kernels/layout.py` `tests/test_tour.py::test_none`"
-    assert broken_links(text, ROOT / "docs") == ["nowhere.md", "gpu.md#nothing", "#e"]
-    assert missing_names(text) == ["kernels/layout.py", "tests/test_tour.py::test_none"]
+    links = "[a](nowhere.md) [b](gpu.md#nothing) [c](gpu.md#kernels) [d](#e)"
+    assert broken_links(links, ROOT / "docs") == ["nowhere.md", "gpu.md#nothing", "#e"]
+    assert missing_names("`kernels/layout.py` `tests/test_tour.py::test_none` `kernels/lrn.py`") == [
+        *("kernels/layout.py", "tests/test_tour.py::test_none")
+    ]
     assert missing_names("```sh\npython -m pytest tests/test_none.py\n```") == ["tests/test_none.py"]
     assert missing_targets("make demo\n`make tea`") == {"tea"}
