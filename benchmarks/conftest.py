@@ -310,7 +310,7 @@ def kernels_of(items: list[pytest.Function]) -> list[tuple[Prepare, Case, list[s
             inspect.signature(item.function).parameters
         ) == set(CONTEST):
             item.function(case=case, provider=provider, contest=ask)
-    order = {"lrn_max_pool": 0, "alexnet": 2}
+    order = {"lrn_max_pool": 0, "alexnet": 2, "lpips": 2}
     return sorted(found.values(), key=lambda request: order.get(request[1].operation, 1))
 
 

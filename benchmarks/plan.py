@@ -25,7 +25,7 @@ MOST_PROCESSES = 8
 
 def kind(case: Case, provider: str) -> str:
     compiler = {"compile": ", torch.compile", "compile-max-autotune": ", max-autotune"}.get(provider, "")
-    if case.operation != "alexnet":
+    if case.operation not in ("alexnet", "lpips"):
         return f"operation{compiler}"
     step = case.passes == "step" and provider == "compile"
     return f"{'training step' if step else 'network'}{compiler}"

@@ -50,6 +50,7 @@ def unavailable(provider: str, where: str, dtype: str) -> str | None:
         "onnxruntime": ("onnxruntime", "onnx"),
         "openvino": ("openvino",),
         "torchvision": ("torchvision", "PIL"),
+        "torchmetrics": ("torchmetrics", "torchvision"),
     }
     if where == "cpu":
         if provider in ("tensorrt", "fastalex-graph", "compile-max-autotune", *FORCED):

@@ -4,10 +4,11 @@ from fastalex import backend, choices, dynamo, functional, nn
 from fastalex.alexnet import AlexNet
 from fastalex.backend import HAS_TRITON
 from fastalex.dynamo import explain, fuse
+from fastalex.lpips.model import LPIPS
 from fastalex.weights import alexnet
 
 __version__ = "0.1.0"
 
-__all__ = ["HAS_TRITON", "AlexNet", "alexnet", "backend", "choices", "explain", "functional", "fuse", "nn"]
+__all__ = ["HAS_TRITON", "LPIPS", "AlexNet", "alexnet", "backend", "choices", "explain", "functional", "fuse", "nn"]
 
 dynamo.register()

@@ -185,6 +185,31 @@ def predict(
     commands.predict(images, weights, top=top, ten_crop=ten_crop, out=out, device=device)
 
 
+def lpips(
+    first: Annotated[Path, tyro.conf.Positional],
+    second: Annotated[Path, tyro.conf.Positional],
+    net: Literal["alex", "vgg", "squeeze"] = "alex",
+    json: Path | None = None,
+    map: Path | None = None,
+    trunk: Path | None = None,
+    device: str | None = None,
+) -> None:
+    """How different two pictures look to people: their LPIPS distance (Zhang et al. 2018), 0 for equal ones.
+
+    Args:
+        first: A picture, or a folder of pictures.
+        second: A picture of the same size; or a folder with pictures of the same names, compared one by one.
+        net: Whose features are compared: "alex" is the authors' choice for such a number.
+        json: File for the distances and their mean.
+        map: File (PNG) for the two pictures and where they differ; of two folders, a folder of such files.
+        trunk: File of the network's ImageNet weights as torchvision has them; by default they are downloaded once.
+        device: cpu, cuda, cuda:1, ...; by default a GPU if there is one.
+    """
+    from fastalex.lpips import commands
+
+    commands.compare(first, second, net, trunk=trunk, json_file=json, maps=map, device=device)
+
+
 def inspect(
     target: tuple[Literal["sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942"], ...] = ("sm_90",),
     dtype: tuple[Literal["fp16", "bf16", "fp32", "tf32"], ...] = ("fp16", "bf16", "fp32", "tf32"),
@@ -289,6 +314,7 @@ def tune(
     batch_size: tuple[int, ...] = (128,),
     dtype: tuple[Literal["fp16", "bf16", "fp32"], ...] = ("fp16",),
     inference: bool = False,
+    sweep: bool = False,
     out: Path | None = None,
     device: str | None = None,
 ) -> None:
@@ -303,12 +329,13 @@ def tune(
         batch_size: Pictures per step.
         dtype: Of pictures and weights; with mixed precision, the lower one.
         inference: Leave the gradients out.
+        sweep: Try other tiles, warps and stages of the fastest Triton convolution too; takes several times as long.
         out: Write this table instead of the user's, which is the one that runs take.
         device: cuda or cpu; by default a GPU if there is one.
     """
     from fastalex.gpu import commands
 
-    commands.tune(variant, dtype, batch_size, training=not inference, out=out, device=device)
+    commands.tune(variant, dtype, batch_size, training=not inference, sweep=sweep, out=out, device=device)
 
 
 def bench(
@@ -467,6 +494,7 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "train": train,
     "eval": evaluate,
     "predict": predict,
+    "lpips": lpips,
     "inspect": inspect,
     "bench": bench,
     "describe": describe,

@@ -32,6 +32,7 @@ __all__ = [
     "ResponseNorm",
     "conv2d_relu",
     "conv2d_relu_max_pool2d",
+    "feature_distance",
     "linear_relu_dropout",
     "local_response_norm",
     "lrn_max_pool2d",
@@ -232,6 +233,36 @@ def linear_relu_dropout(
         return reference.linear_relu_dropout(input, weight, bias, p, training)
     seed = torch.randint(2**62, (1,), device=input.device) if p > 0 else None
     return call(ops.linear_relu_dropout, input, weight, bias, p, seed)
+
+
+def feature_distance(a: Tensor, b: Tensor, weight: Tensor | None = None, *, spatial: bool = False) -> Tensor:
+    """The distance of LPIPS between two feature maps: (N, C, H, W) each -> (N,), or with `spatial` (N, H, W).
+
+    sum_c w_c (a_c / (|a| + eps) - b_c / (|b| + eps))^2 with norms over the channels and eps = 1e-10, as a mean over
+    the pixels or as a map.  weight: (C,), or None for ones.  One of the maps may have a batch of 1, which is compared
+    with all of the other's.  Sums in float32.  Pixels whose channels are all zero get no gradient, where autograd makes
+    NaN of it.  Keeps the two maps for backward.
+    Raises ValueError for shapes that do not fit, RuntimeError for mixed dtypes or devices.
+    """
+    if a.dim() != 4 or b.dim() != 4 or a.shape[1:] != b.shape[1:]:
+        raise ValueError(f"a and b must be (N, C, H, W) of one size, got {_shape(a)} and {_shape(b)}")
+    if 0 in a.shape[1:]:
+        raise ValueError(f"a may be empty in its batch only, got shape {_shape(a)}")
+    if a.shape[0] != b.shape[0] and 1 not in (a.shape[0], b.shape[0]):
+        raise ValueError(f"a and b must have one batch, or one of them a batch of 1, got {_shape(a)} and {_shape(b)}")
+    if weight is not None and _shape(weight) != (a.shape[1],):
+        raise ValueError(f"weight must have shape ({a.shape[1]},), as the channels of a, got {_shape(weight)}")
+    _check_floating(a)
+    for name, other in (("b", b), ("weight", weight)):
+        if other is not None and other.dtype != a.dtype:
+            raise RuntimeError(f"feature_distance: {name} is {other.dtype} but a is {a.dtype}")
+        if other is not None and other.device != a.device:
+            raise RuntimeError(f"feature_distance: {name} is on {other.device} but a is on {a.device}")
+    if backend.takes_reference("feature_distance", a):
+        return reference.feature_distance(a, b, weight, spatial=spatial)
+    if a.shape[0] == 1 != b.shape[0]:
+        a, b = b, a
+    return call(ops.feature_distance, a, b, weight, spatial).to(a.dtype)
 
 
 def _needs_grad(*tensors: Tensor | None) -> bool:

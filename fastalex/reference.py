@@ -80,6 +80,27 @@ def _onnx_response_norm(input: Tensor, size: int, alpha: float, beta: float, k: 
     return output.reshape(input.shape)
 
 
+def unit_vectors(x: Tensor) -> Tensor:
+    """x over the norm of its channels plus 1e-10; zero, and without a gradient, where all of them are zero."""
+    norm = torch.linalg.vector_norm(x, dim=1, keepdim=True)
+    return x * torch.where(norm == 0, 0, 1 / (norm + 1e-10))
+
+
+def feature_distance(a: Tensor, b: Tensor, weight: Tensor | None = None, *, spatial: bool = False) -> Tensor:
+    """sum_c w_c (a_c / (|a| + eps) - b_c / (|b| + eps))^2, |.| over the channels, eps = 1e-10.
+
+    (N, C, H, W) each, b's batch N or 1, [C] or None for ones -> the mean over the pixels (N,), or with `spatial` the
+    map (N, H, W).  A pixel whose channels are all zero has no direction: its gradient is zero.
+
+    Source: Zhang et al. 2018 (LPIPS), equation 1; `normalize_tensor` of the lpips package.
+    """
+    squares = (unit_vectors(a) - unit_vectors(b)).square()
+    if weight is not None:
+        squares = squares * weight.view(1, -1, 1, 1)
+    distance = squares.sum(1)
+    return distance if spatial else distance.mean((1, 2))
+
+
 def max_pool2d(
     input: Tensor,
     kernel_size: IntOrPair,

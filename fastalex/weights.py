@@ -76,7 +76,7 @@ def load_weights(weights: Any, *, progress: bool = True) -> tuple[dict[str, Tens
     name = str(getattr(weights, "name", weights)).removeprefix("AlexNet_Weights.")
     name = "IMAGENET1K_V1" if name == "DEFAULT" else name
     if name in TORCHVISION_WEIGHTS:
-        return _download(name, progress), "torchvision"
+        return download(name, TORCHVISION_WEIGHTS[name], progress=progress), "torchvision"
     path = Path(os.fspath(weights))
     if not path.is_file():
         known = ", ".join([*TORCHVISION_WEIGHTS, "DEFAULT"])
@@ -135,8 +135,11 @@ def plain_state(content: Any, path: Path) -> dict[str, Tensor]:
     return state
 
 
-def _download(name: str, progress: bool) -> dict[str, Tensor]:
-    url = TORCHVISION_WEIGHTS[name]
+def download(name: str, url: str, *, progress: bool = True) -> dict[str, Tensor]:
+    """A state_dict from the network, or from torch's hub directory where it lies already.
+
+    Raises OSError, naming the file to fetch by hand, where that fails.
+    """
     try:
         return dict(torch.hub.load_state_dict_from_url(url, progress=progress, check_hash=True, weights_only=True))
     except OSError as error:

@@ -36,16 +36,20 @@ def sum_partials_kernel(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """A program adds STEPS blocks of ROWS rows of one block of columns; no load waits for another."""
+    """A program adds STEPS blocks of ROWS rows of one block of columns; no load waits for another.
+
+    With ROWS = 1 it adds all rows, STEPS of them at a time.
+    """
     blocks = tl.cdiv(length, COLUMNS)
     chunk = tl.program_id(0) // blocks
     c = (tl.program_id(0) - chunk * blocks).to(tl.int64) * COLUMNS + tl.arange(0, COLUMNS)
     if ROWS == 1:
         # a thread keeps its columns: nothing is exchanged, and they are stored as wide as they are loaded
         total = tl.zeros([COLUMNS], tl.float32)
-        for step in tl.static_range(STEPS):
-            p = (chunk * STEPS + step).to(tl.int64)
-            total += tl.load(partials_ptr + p * length + c, mask=(c < length) & (p < count), other=0.0)
+        for p in range(0, count, STEPS):
+            for step in tl.static_range(STEPS):
+                mask = (c < length) & (p + step < count)
+                total += tl.load(partials_ptr + tl.cast(p + step, tl.int64) * length + c, mask=mask, other=0.0)
     else:
         first = chunk * (STEPS * ROWS) + tl.arange(0, ROWS)
         tile = tl.zeros([ROWS, COLUMNS], tl.float32)
@@ -79,15 +83,16 @@ def sum_partials(partials, bias=None, *, relu=False, dtype=torch.float32):
     while True:
         tiles = triton.cdiv(count, rows)
         # what one launch can finish, it does; before that, as many programs as run at once
-        share = tiles if tiles <= MAX_STEPS else min(MAX_STEPS, triton.cdiv(tiles * blocks, ENOUGH_PROGRAMS))
-        steps = triton.next_power_of_2(share)
-        chunks = triton.cdiv(tiles, steps)
-        last = chunks == 1
-        out = torch.empty(chunks, length, dtype=dtype if last else torch.float32, device=partials.device)
+        finishes = rows == 1 or tiles <= MAX_STEPS
+        steps = triton.next_power_of_2(
+            min(MAX_STEPS, tiles if finishes else triton.cdiv(tiles * blocks, ENOUGH_PROGRAMS))
+        )
+        chunks = 1 if finishes else triton.cdiv(tiles, steps)
+        out = torch.empty(chunks, length, dtype=dtype if finishes else torch.float32, device=partials.device)
         sum_partials_kernel[(chunks * blocks,)](
-            partials, bias if last else None, out, count, length, 1 if bias is None else bias.numel(),
-            RELU=relu and last, STEPS=steps, ROWS=rows, COLUMNS=columns, num_warps=warps(THREADS),
+            partials, bias if finishes else None, out, count, length, 1 if bias is None else bias.numel(),
+            RELU=relu and finishes, STEPS=steps, ROWS=rows, COLUMNS=columns, num_warps=warps(THREADS),
         )  # fmt: skip
-        if last:
+        if finishes:
             return out[0]
         partials, count = out, chunks

@@ -22,6 +22,7 @@ CALLS = {
     "linear_relu_dropout": (lambda x, w, b: F.linear_relu_dropout(x, w, b, 0.0), [(5, 12), (8, 12), (8,)]),
     "local_response_norm": (lambda x: F.local_response_norm(x, 5, 0.5), MAPS),
     "max_pool2d": (lambda x: F.max_pool2d(x, 3, 2), MAPS),
+    "feature_distance": (lambda a, b, w: F.feature_distance(a, b, w), [*MAPS, (1, 8, 9, 9), (8,)]),
     "lrn_max_pool2d": (lambda x: F.lrn_max_pool2d(x, 5, 0.5), MAPS),
 }
 IN_AUTOCAST_DTYPE = ("conv2d_relu", "conv2d_relu_max_pool2d", "stage with LRN", "linear_relu_dropout")

@@ -530,3 +530,41 @@ def test_forcing_is_undone_after_an_error():
     with contextlib.suppress(KeyError), dispatch.force("doubling", "wrong"):
         raise KeyError
     assert chosen(torch.ones(2, 5)) == "library"
+
+
+@pytest.mark.parametrize("operation", ["conv2d_relu", "conv2d_input_grad", "conv2d_weight_grad"])
+def test_a_sweep_times_configurations_that_a_table_can_name(operation):
+    """Of one kernel, ours; each as right as the library, and found again by its name."""
+    pytest.importorskip("triton")
+    x = torch.randn(2, 16, 3, 3).contiguous(memory_format=torch.channels_last)
+    weight = torch.randn(16, 16, 1, 1).contiguous(memory_format=torch.channels_last)
+    geometry = (1, 1), (0, 0), (1, 1), 1
+    args = (x, weight, None, *geometry) if operation == "conv2d_relu" else (torch.randn_like(x), x, weight, *geometry)
+    with backend.use("triton"):
+        found = dispatch.tune(operation, *args, rounds=1, sweep=True)
+        swept = {name for name in found.milliseconds if " " in name}
+        assert len(swept) > 3
+        assert len({name.partition(" ")[0] for name in swept}) == 1
+        name = min(swept)
+        with dispatch.force(operation, name):
+            choice = dispatch.choose(dispatch.find(operation), *args)
+        assert choice.candidate.name == name
+        torch.testing.assert_close(
+            choice.candidate.run(*args), dispatch.find(operation).candidates["library"].run(*args)
+        )
+
+
+def test_configurations_are_read_as_they_are_written():
+    config = pytest.importorskip("fastalex.kernels.convolution.config")
+    for written in (
+        config.Config(128, (64, 32), (32, 16), 4, 3),
+        config.Config(64, (64, 0), (16, 0), 8, 2, True, 5),
+    ):
+        assert config.Config.parse(str(written)) == written
+    assert str(written) == "64x64x16 w8 s2 ws k5"
+    with pytest.raises(ValueError, match="got '128 x 64'"):
+        config.Config.parse("128 x 64")
+    conv = dispatch.find("conv2d_relu")
+    assert conv.named("triton_spatial 64x64x32 w4 s3").name == "triton_spatial 64x64x32 w4 s3"
+    for unknown in ("triton_spatial fast", "library 64x64x32 w4 s3", "fft"):
+        assert conv.named(unknown) is None

@@ -14,6 +14,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicO
 from torch.func import functional_call
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import fastalex
 from fastalex import functional as F
 from fastalex.gpu import dispatch
 from fastalex.ops import common
@@ -77,9 +78,9 @@ class Context:
         pass
 
 
-def forward_and_backward(monkeypatch, function, shapes, edit=None):
-    """Runs the call, then the backward function of every operator in it."""
-    steps = []
+def forward_and_backward(monkeypatch, function, shapes, edit=None, module=F):
+    """Runs the call, then the backward function of every operator in it; `module` is the one that calls them."""
+    caller, steps = module, []
 
     def run(op, *args):
         if op.recorded is op:
@@ -91,7 +92,7 @@ def forward_and_backward(monkeypatch, function, shapes, edit=None):
         steps.append((module, context, output))
         return output
 
-    monkeypatch.setattr(F, "call", run)
+    monkeypatch.setattr(caller, "call", run)
     with FakeTensorMode(), StaysOnTheDevice(), torch.no_grad():
         monkeypatch.setattr(F, "_needs_grad", lambda *tensors: True)
         tensors = [torch.empty(shape, device=DEVICE, dtype=torch.float16) for shape in shapes]
@@ -121,6 +122,23 @@ def test_no_host_reads_in_a_model(launches):
         for training in (True, False):
             output = functional_call(model.train(training), weights, (torch.empty(IMAGES, **options),))
             assert output.device == DEVICE
+    assert set(launches) == {DEVICE}
+
+
+def test_no_host_reads_in_lpips(launches, monkeypatch):
+    """Forward and backward, with the gradients of both images."""
+    loss = fastalex.LPIPS(pnet_rand=True)
+    memory = {
+        name: (tensor.shape, tensor.stride()) for name, tensor in [*loss.named_parameters(), *loss.named_buffers()]
+    }
+
+    def function(image, target):
+        options = {"device": DEVICE, "dtype": torch.float16}
+        state = {name: torch.empty_strided(*places, **options) for name, places in memory.items()}
+        return functional_call(loss, state, (image, target))
+
+    forward_and_backward(monkeypatch, function, [(2, 3, 40, 40)] * 2, module=sys.modules["fastalex.lpips.model"])
+    assert len(launches) >= 20
     assert set(launches) == {DEVICE}
 
 

@@ -24,6 +24,7 @@ LAYERS = (
     ("fastalex.variants", "fastalex.parallel"),
     ("fastalex.alexnet",),
     ("fastalex.weights", "fastalex.describe"),
+    ("fastalex.lpips",),
     ("fastalex",),  # what `import fastalex` brings
     ("fastalex.data",),
     ("fastalex.checkpoint",),
@@ -38,6 +39,7 @@ LAYERS = (
     (
         *("fastalex.demo", "fastalex.data.commands", "fastalex.evaluation.commands", "fastalex.experiments.commands"),
         *("fastalex.gpu.commands", "fastalex.inspection.commands", "fastalex.training.launch"),
+        "fastalex.lpips.commands",
         "fastalex.visualize.commands",
     ),
     ("fastalex.cli",),

@@ -1,4 +1,4 @@
-"""LRN and max-pooling as loops that numba compiles, for each dtype when it is first met.
+"""LRN, max-pooling and the distances of LPIPS as loops that numba compiles, for each dtype when it is first met.
 
 PyTorch would run a chain of ten operations over memory; here a row of channels goes through the chain in registers and
 L1.  Kernels see a tensor's memory as arrays: channels innermost, or, those with `planes` in their names, a plane per
@@ -27,6 +27,8 @@ from torch import Tensor
 # error_model: a division by zero gives infinity, without a branch that would keep loops from being vectorised
 compiled = numba.njit(nogil=True, cache=True, error_model="numpy")
 inlined = register_jitable(error_model="numpy")
+# sums in an order that vectors of the processor can take; the same in every run
+compiled_sums = numba.njit(nogil=True, cache=True, error_model="numpy", fastmath={"reassoc"})
 
 # Elements that one stage of a chain makes before the next reads them.  With fewer, loads at a shift of one channel meet
 # stores that have not left the store buffer, and wait: LRN forward in rows of 96 takes 1.6 times as long.
@@ -35,6 +37,7 @@ STRIP = 2048
 SERIAL = 2**17
 # Ranges per thread: one that is held up leaves its share to the others.
 RANGES = 4
+LPIPS_EPS = np.float32(1e-10)
 
 
 # --------------------------------------------------------------------------------------------------- for the kernels
@@ -90,10 +93,11 @@ def load(source, target):  # type: ignore[no-untyped-def]
 
 
 @inlined
-def load_every(source, step, target):  # type: ignore[no-untyped-def]
-    """`load` of every step-th element; counted without signs, because signs would be tested."""
-    for i in range(np.uintp(target.size)):
-        target[i] = widen(source[i * np.uintp(step)])
+def load_every(source, first, step, target, begin, count):  # type: ignore[no-untyped-def]
+    """target[begin + i] = source[first + i * step] for i < count; without signs, which would be tested."""
+    first, step, begin = np.uintp(first), np.uintp(step), np.uintp(begin)
+    for i in range(np.uintp(max(0, count))):
+        target[begin + i] = widen(source[first + i * step])
 
 
 @inlined
@@ -204,45 +208,26 @@ def larger(value, code, best, found):  # type: ignore[no-untyped-def]
 
 
 @inlined
-def pool_3x3(source, first, places, step, table, best, found):  # type: ignore[no-untyped-def]
-    """`pool_window` of nine cells, which takes the maxima in registers."""
-    a, b, c, size = first + places[0], first + places[1], first + places[2], best.size
-    a0, a1, a2 = source[a : a + size], source[a + step : a + step + size], source[a + 2 * step : a + 2 * step + size]
-    b0, b1, b2 = source[b : b + size], source[b + step : b + step + size], source[b + 2 * step : b + 2 * step + size]
-    c0, c1, c2 = source[c : c + size], source[c + step : c + step + size], source[c + 2 * step : c + 2 * step + size]
-    for i in range(size):
-        most, code = widen(a0[i]), table[0, 0]
-        most, code = larger(widen(a1[i]), table[0, 1], most, code)
-        most, code = larger(widen(a2[i]), table[0, 2], most, code)
-        most, code = larger(widen(b0[i]), table[1, 0], most, code)
-        most, code = larger(widen(b1[i]), table[1, 1], most, code)
-        most, code = larger(widen(b2[i]), table[1, 2], most, code)
-        most, code = larger(widen(c0[i]), table[2, 0], most, code)
-        most, code = larger(widen(c1[i]), table[2, 1], most, code)
-        most, code = larger(widen(c2[i]), table[2, 2], most, code)
-        best[i] = most
-        found[i] = code
-
-
-@inlined
 def pool_window(source, first, places, step, rows, columns, table, dead, best, found):  # type: ignore[no-untyped-def]
     """The maxima over the cells of one window, and their codes.
 
     Cell (r, s) with rows[0] <= r < rows[1] and columns likewise lies at first + places[r] + s * step.
     """
-    size = best.size
-    if rows == (0, 3) and columns == (0, 3):
-        pool_3x3(source, first, places, step, table, best, found)
-    else:
-        for i in range(size):
-            best[i] = -np.inf
-            found[i] = table[rows[0], columns[0]]
-        for r in range(rows[0], rows[1]):
-            for s in range(columns[0], columns[1]):
-                offset, code = first + places[r] + s * step, table[r, s]
-                cell = source[offset : offset + size]
+    size, begin = best.size, True
+    for r in range(rows[0], rows[1]):
+        for s in range(columns[0], columns[1]):
+            offset, code = first + places[r] + s * step, table[r, s]
+            cell = source[offset : offset + size]
+            if begin:
+                begin = False
+                for i in range(size):
+                    best[i], found[i] = widen(cell[i]), code
+            else:
                 for i in range(size):
                     best[i], found[i] = larger(widen(cell[i]), code, best[i], found[i])
+    if begin:
+        for i in range(size):
+            best[i], found[i] = -np.inf, table[rows[0], columns[0]]
     if dead:
         for i in range(size):
             found[i] = dead if best[i] == 0 else found[i]
@@ -375,6 +360,71 @@ def lrn_max_pool_backward_kernel(  # type: ignore[no-untyped-def]
             normalise_backward(wide, x[a:b], norm, numbers, squares, base, terms, dx[a:b], after_relu)
 
 
+@compiled_sums
+def lpips_kernel(start, stop, a, b, weight, out, pixels, others):  # type: ignore[no-untyped-def]
+    """out[row] = sum_c weight_c (a_c / (|a| + eps) - b_c / (|b| + eps))^2; image i of a with image i % others of b."""
+    channels = a.shape[1]
+    for row in range(start, stop):
+        image = row // pixels
+        x, y = a[row], b[row + (image % others - image) * pixels]
+        xx, yy = np.float32(0), np.float32(0)
+        for c in range(channels):
+            left, right = widen(x[c]), widen(y[c])
+            xx += left * left
+            yy += right * right
+        x_scale = np.float32(1) / (np.sqrt(xx) + LPIPS_EPS)
+        y_scale = np.float32(1) / (np.sqrt(yy) + LPIPS_EPS)
+        total = np.float32(0)
+        for c in range(channels):
+            d = widen(x[c]) * x_scale - widen(y[c]) * y_scale
+            total += weight[c] * d * d
+        out[row] = total
+
+
+@compiled_sums
+def lpips_backward_kernel(  # type: ignore[no-untyped-def]
+    start, stop, x, y, weight, grad, above, codes, dx, plane, output, link, mode, window, table, after_relu
+):
+    """The gradient of x, as kernels/lpips.py has it.  grad: (rows, 1) or (rows, pixels), twice what comes in.
+
+    link: (shift, others); image i was compared with image (i + shift) % others.  mode: what `above` is: 0 nothing, 1
+    the gradient of x itself, 2 that of a max-pool over x.
+    """
+    channels, pixels = x.shape[1], plane[0] * plane[1]
+    pooled = workspace(channels, x)
+    for row in range(start, stop):
+        image, pixel = divmod(row, pixels)
+        left, right, out = x[row], y[(image + link[0]) % link[1] * pixels + pixel], dx[row]
+        xx, yy = np.float32(0), np.float32(0)
+        for c in range(channels):
+            a, b = widen(left[c]), widen(right[c])
+            xx += a * a
+            yy += b * b
+        norm = np.sqrt(xx)
+        x_scale = np.float32(1) / (norm + LPIPS_EPS)
+        y_scale = np.float32(1) / (np.sqrt(yy) + LPIPS_EPS)
+        incoming = grad[image % grad.shape[0], pixel % grad.shape[1]]
+        along = np.float32(0)
+        for c in range(channels):
+            a = widen(left[c])
+            along += a * (weight[c] * (a * x_scale - widen(right[c]) * y_scale))
+        inner = incoming * x_scale
+        along = incoming * along * x_scale * x_scale / norm
+        if norm == 0:
+            inner, along = np.float32(0), np.float32(0)
+        if mode == 2:
+            h, w = divmod(pixel, plane[1])
+            gather(above, codes, image, h, w, channels, output, window, table, pooled)
+        elif mode == 1:
+            load(above[row * channels : (row + 1) * channels], pooled)
+        else:
+            pooled[:] = 0
+        for c in range(channels):
+            a = widen(left[c])
+            total = inner * (weight[c] * (a * x_scale - widen(right[c]) * y_scale)) - a * along + pooled[c]
+            out[c] = narrow(np.float32(0) if after_relu & (a <= 0) else total, dx)
+
+
 # ----------------------------------------------------------------------------------- the kernels, a plane per channel
 # LRN copies a run of as many pixels as the window's channels are elements apart, of all channels.
 @compiled
@@ -425,6 +475,7 @@ def max_pool_planes_kernel(start, stop, x, y, codes, window, table, dead):  # ty
     block = min(out_height, max(1, STRIP // (8 * out_width)))
     cells = workspace((kernel[0], kernel[1], block, out_width), x)
     cells[:] = -np.inf
+    flat_x, flat_cells = x.reshape(-1), cells.reshape(-1)
     best, found = workspace((block, out_width), x), np.empty((block, out_width), np.int32)
     places, whole = np.arange(kernel[0]) * (kernel[1] * best.size), ((0, kernel[0]), (0, kernel[1]))
     for image in range(start, stop):
@@ -436,12 +487,14 @@ def max_pool_planes_kernel(start, stop, x, y, codes, window, table, dead):  # ty
                     begin, end = inside(left, stride[1], out_width, width)
                     left += begin * stride[1]
                     for oh in range(first, last):
-                        h, cell = oh * stride[0] - padding[0] + r * dilation[0], cells[r, s, oh - first]
-                        if h < 0 or h >= height:
-                            cell[:] = -np.inf
-                        elif begin < end:
-                            load_every(x[image, h, left:], stride[1], cell[begin:end])
-            pool_window(cells.ravel(), 0, places, best.size, *whole, table, dead, best.ravel(), found.ravel())
+                        h = oh * stride[0] - padding[0] + r * dilation[0]
+                        if 0 <= h < height:
+                            pixel = (image * height + h) * width + left
+                            cell = ((r * kernel[1] + s) * block + oh - first) * out_width + begin
+                            load_every(flat_x, pixel, stride[1], flat_cells, cell, end - begin)
+                        else:
+                            cells[r, s, oh - first] = -np.inf
+            pool_window(flat_cells, 0, places, best.size, *whole, table, dead, best.ravel(), found.ravel())
             for oh in range(first, last):
                 if padding[0] + padding[1] > 0:
                     # the code of a window without numbers is that of the first cell that is not padding

@@ -19,6 +19,8 @@ from fastalex.kernels.geometry import Pair, dense, in_layout_of, is_channels_las
 KERNEL_SIZE = (3, 3)
 STRIDE = (2, 2)
 WINDOW = KERNEL_SIZE, STRIDE, (0, 0), (1, 1)
+# Other dtypes take the two operations one after the other: the loops compile for a second each.
+FUSED = (torch.float32, torch.bfloat16)
 
 
 def unsupported(
@@ -50,7 +52,7 @@ def lrn_max_pool_fwd(
     """
     x = _checked(x, size, groups)
     loops = cpu.compiled_loops()
-    if loops is None or x.dtype == torch.float16:
+    if loops is None or x.dtype not in FUSED:
         normalised = lrn_fwd(x, size, alpha, beta, k, groups)
         return max_pool_fwd(normalised, *WINDOW, False, codes=codes, after_relu=after_relu)
     output = output_size(x.shape[2:], KERNEL_SIZE, STRIDE)
@@ -92,7 +94,7 @@ def lrn_max_pool_bwd(
     dx = torch.empty_like(x)
     compute = torch.float64 if x.dtype == torch.float64 else torch.float32
     loops = cpu.compiled_loops()
-    if loops is None or x.dtype == torch.float16:
+    if loops is None or x.dtype not in FUSED:
         between = max_pool_bwd(grad.to(compute), codes, plane_of(x), *WINDOW)
         dx.copy_(lrn_bwd(between, x.to(compute), size, alpha, beta, k, groups))
         dx = torch.ops.aten.threshold_backward(dx, x, 0) if after_relu else dx

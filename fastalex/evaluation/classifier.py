@@ -60,6 +60,15 @@ def check_classes(card: ModelCard, classes: tuple[str, ...]) -> None:
 def read_picture(path: Path, preprocessing: Preprocessing) -> Tensor:
     """An image file, upright, in the model's colours and size, not yet normalised: uint8 (C, resize.., resize..).
 
+    Raises what `open_picture` does.
+    """
+    image = open_picture(path, "L" if preprocessing.channels == 1 else "RGB")
+    return transforms.pil_to_tensor(transforms.resize(image, [preprocessing.resize]))
+
+
+def open_picture(path: Path, mode: str) -> Image.Image:
+    """An image file, upright, in Pillow's mode "L" or "RGB".
+
     Raises FileNotFoundError, or ValueError for a file that is no image, one of more than MAX_PIXELS, and one whose long
     side is more than MAX_ASPECT times its short side; both would take gigabytes, the second after resizing.
     """
@@ -72,14 +81,13 @@ def read_picture(path: Path, preprocessing: Preprocessing) -> Tensor:
                 raise ValueError(f"{path} has {width}x{height} pixels, more than {MAX_PIXELS:,}: make it smaller first")
             if max(width, height) > MAX_ASPECT * min(width, height):
                 raise ValueError(f"{path} has {width}x{height} pixels: one side is over {MAX_ASPECT} times the other")
-            image = in_8_bits(ImageOps.exif_transpose(file)).convert("L" if preprocessing.channels == 1 else "RGB")
+            return in_8_bits(ImageOps.exif_transpose(file)).convert(mode)
     except Image.DecompressionBombError:
         raise ValueError(f"{path} has more than {MAX_PIXELS:,} pixels: make it smaller first") from None
     except Exception as error:  # whatever a decoder trips over in foreign bytes
         if str(path) in str(error) and isinstance(error, ValueError):
             raise
         raise ValueError(f"{path} is not an image that can be read ({error or type(error).__name__})") from None
-    return transforms.pil_to_tensor(transforms.resize(image, [preprocessing.resize]))
 
 
 @torch.inference_mode()

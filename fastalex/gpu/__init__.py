@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from fastalex.kernels import augment as augment
     from fastalex.kernels import bias_relu as bias_relu
+    from fastalex.kernels import lpips as lpips
     from fastalex.kernels import lrn as lrn
     from fastalex.kernels import lrn_max_pool as lrn_max_pool
     from fastalex.kernels import lrn_max_pool_backward as lrn_max_pool_backward
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 KERNELS = {
     "augment",
     "bias_relu",
+    "lpips",
     "lrn",
     "lrn_max_pool",
     "lrn_max_pool_backward",

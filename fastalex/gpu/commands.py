@@ -17,6 +17,7 @@ def tune(
     batch_sizes: Sequence[int],
     *,
     training: bool,
+    sweep: bool,
     out: Path | None,
     device: str | None,
 ) -> None:
@@ -31,7 +32,7 @@ def tune(
     if where.type != "cuda":
         raise ValueError(f"tune times kernels on a GPU, and the device here is {where}")
     path = out or table_path()
-    for key, found in measurements(Job(variants, dtypes, batch_sizes, training), path):
+    for key, found in measurements(Job(variants, dtypes, batch_sizes, training, sweep), path):
         if isinstance(found, str):
             print(f"{key}: {found}")
             continue

@@ -8,6 +8,7 @@ All but cuDNN's own run on CPU tensors, too, in Triton's interpreter.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -144,12 +145,37 @@ def no_cudnn(input: Tensor, *rest: Any) -> str | None:
     return None
 
 
-def forward_triton(input: Tensor, weight: Tensor, bias: Tensor | None, *geometry: Any, algorithm: str) -> Tensor:
+def forward_triton(
+    input: Tensor, weight: Tensor, bias: Tensor | None, *geometry: Any, algorithm: str, config: Any = None
+) -> Tensor:
     from fastalex.kernels.convolution.forward import conv_relu
 
     return conv_relu(
-        last(input), last(weight), bias, *for_kernels(*geometry), algorithm=algorithm, precision=precision(input)
+        last(input), last(weight), bias, *for_kernels(*geometry),
+        algorithm=algorithm, precision=precision(input), config=config,
+    )  # fmt: skip
+
+
+def forward_configurations(
+    input: Tensor, weight: Tensor, bias: Tensor | None, *geometry: Any, algorithm: str
+) -> list[str]:
+    from fastalex.kernels.convolution.config import candidates, forward_config
+    from fastalex.kernels.convolution.implicit_gemm import capability
+
+    stride, padding, dilation, groups = geometry
+    pixels = math.prod(output_size(input.shape[2:], weight.shape[2:], stride, padding, dilation))
+    return candidates(
+        forward_config(
+            algorithm, input.shape[0], pixels, tuple(weight.shape), groups, input.dtype, precision(input), capability()
+        )
     )
+
+
+def parsed(text: str) -> Any:
+    """The kernels' Config of a text.  Raises ValueError for another text."""
+    from fastalex.kernels.convolution.config import Config
+
+    return Config.parse(text)
 
 
 def no_algorithm(input: Tensor, weight: Tensor, bias: Tensor | None, *geometry: Any, algorithm: str) -> str | None:
@@ -213,13 +239,26 @@ def library_gradient(
     return grads[0 if of_input else 1]
 
 
-def triton_input_grad(grad: Tensor, input: Tensor, weight: Tensor, *geometry: Any, descriptors: bool) -> Tensor:
+def triton_input_grad(
+    grad: Tensor, input: Tensor, weight: Tensor, *geometry: Any, descriptors: bool, config: Any = None
+) -> Tensor:
     from fastalex.kernels.convolution.input_grad import conv_input_grad
 
     return conv_input_grad(
         last(grad), last(weight), tuple(input.shape[2:]), *for_kernels(*geometry),
-        descriptors=descriptors, precision=precision(grad),
+        descriptors=descriptors, precision=precision(grad), config=config,
     )  # fmt: skip
+
+
+def input_grad_configurations(
+    grad: Tensor, input: Tensor, weight: Tensor, *geometry: Any, descriptors: bool
+) -> list[str]:
+    from fastalex.kernels.convolution.config import candidates, input_grad_config
+
+    outputs = weight.shape[0] // geometry[-1]
+    return candidates(
+        input_grad_config(grad.shape[0], weight.shape[1], outputs, grad.dtype, descriptors, precision(grad))
+    )
 
 
 def no_triton_input_grad(grad: Tensor, input: Tensor, weight: Tensor, *geometry: Any, descriptors: bool) -> str | None:
@@ -230,12 +269,28 @@ def no_triton_input_grad(grad: Tensor, input: Tensor, weight: Tensor, *geometry:
     )
 
 
-def triton_weight_grad(grad: Tensor, input: Tensor, weight: Tensor, *geometry: Any, descriptors: bool) -> Tensor:
+def triton_weight_grad(
+    grad: Tensor, input: Tensor, weight: Tensor, *geometry: Any, descriptors: bool, config: Any = None
+) -> Tensor:
     from fastalex.kernels.convolution.weight_grad import conv_weight_grad
 
     return conv_weight_grad(
         last(grad), last(input), tuple(weight.shape[2:]), *for_kernels(*geometry),
-        descriptors=descriptors, precision=precision(grad),
+        descriptors=descriptors, precision=precision(grad), config=config,
+    )  # fmt: skip
+
+
+def weight_grad_configurations(
+    grad: Tensor, input: Tensor, weight: Tensor, *geometry: Any, descriptors: bool
+) -> list[str]:
+    from fastalex.kernels.convolution.config import candidates, weight_grad_config
+
+    taps, pixels, groups = math.prod(weight.shape[2:]), math.prod(grad.shape[2:]), geometry[-1]
+    return candidates(
+        weight_grad_config(
+            grad.shape[0], weight.shape[1], weight.shape[0] // groups, taps, pixels, groups,
+            grad.dtype, descriptors, precision(grad),
+        )
     )  # fmt: skip
 
 
@@ -295,25 +350,55 @@ def _named(*candidates: Candidate) -> dict[str, Candidate]:
     }
 
 
+def _triton(
+    name: str,
+    run: Callable[..., Tensor],
+    unsupported: Callable[..., str | None],
+    configurations: Callable[..., list[str]],
+    **options: Any,
+) -> Candidate:
+    """A kernel of ours with these options, and with any configuration of its tiles."""
+    return Candidate(
+        name,
+        partial(run, **options),
+        partial(unsupported, **options),
+        partial(configurations, **options),
+        lambda text: partial(run, **options, config=parsed(text)),
+    )
+
+
 def _with_blocks(
     plain: Sequence[Candidate], run: Callable[..., Tensor], unsupported: Callable[..., str | None]
 ) -> list[Candidate]:
     """The same candidates behind space to depth."""
-    return [
-        Candidate(
-            "space_to_depth_" + candidate.name.removeprefix("triton_"),
-            partial(run, behind=candidate),
-            partial(unsupported, behind=candidate),
+
+    def behind_blocks(plain: Candidate) -> Candidate:
+        def configurations(first: Tensor, *rest: Any) -> Sequence[str]:
+            # of the forward pass (input, weight, bias, ...) or of the gradient (grad, input, weight, ...)
+            forward = not isinstance(rest[1], Tensor) or rest[1].dim() == 1
+            input, weight = (first, rest[0]) if forward else rest[:2]
+            blocks = blocks_on_meta(input, weight, *rest[2:4])
+            arguments = (*blocks, rest[1]) if forward else (first, *blocks)
+            return plain.configurations(*arguments, (1, 1), (0, 0), (1, 1), 1)
+
+        def configured(text: str) -> Callable[..., Tensor]:
+            assert plain.configured is not None
+            return partial(run, behind=replace(plain, run=plain.configured(text)))
+
+        return Candidate(
+            "space_to_depth_" + plain.name.removeprefix("triton_"),
+            partial(run, behind=plain),
+            partial(unsupported, behind=plain),
+            configurations,
+            configured if plain.configured else None,
         )
-        for candidate in plain
-    ]
+
+    return [behind_blocks(candidate) for candidate in plain]
 
 
 _LIBRARY = Candidate("library", forward_library, always)
 _TRITON = [
-    Candidate(
-        f"triton_{algorithm}", partial(forward_triton, algorithm=algorithm), partial(no_algorithm, algorithm=algorithm)
-    )
+    _triton(f"triton_{algorithm}", forward_triton, no_algorithm, forward_configurations, algorithm=algorithm)
     for algorithm in ALGORITHMS
 ]
 CONV2D_RELU = dispatch.register(
@@ -341,10 +426,8 @@ CONV2D_INPUT_GRAD = dispatch.register(
         _named(
             _INPUT_LIBRARY,
             *(
-                Candidate(
-                    name,
-                    partial(triton_input_grad, descriptors=descriptors),
-                    partial(no_triton_input_grad, descriptors=descriptors),
+                _triton(
+                    name, triton_input_grad, no_triton_input_grad, input_grad_configurations, descriptors=descriptors
                 )
                 for name, descriptors in (("triton", False), ("triton_descriptors", True))
             ),
@@ -357,11 +440,7 @@ CONV2D_INPUT_GRAD = dispatch.register(
 
 _WEIGHT_LIBRARY = Candidate("library", partial(library_gradient, of_input=False), always)
 _WEIGHT_TRITON = [
-    Candidate(
-        name,
-        partial(triton_weight_grad, descriptors=descriptors),
-        partial(no_triton_weight_grad, descriptors=descriptors),
-    )
+    _triton(name, triton_weight_grad, no_triton_weight_grad, weight_grad_configurations, descriptors=descriptors)
     for name, descriptors in (("triton", False), ("triton_descriptors", True))
 ]
 CONV2D_WEIGHT_GRAD = dispatch.register(

@@ -23,8 +23,8 @@ import logging
 import os
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -71,14 +71,17 @@ def flags() -> Flags:
 
 @dataclass(frozen=True)
 class Candidate:
-    """One implementation.  `run` and `unsupported` take the operation's arguments.
+    """One implementation.  `run`, `unsupported` and `configurations` take the operation's arguments.
 
-    unsupported: why it cannot run with these, or None if it can.
+    unsupported: why it cannot run with these, or None if it can.  configurations: what `tune` may try instead of the
+    candidate's own tiles, as texts; configured: another `run` for such a text, ValueError for any other.
     """
 
     name: str
     run: Callable[..., Any]
     unsupported: Callable[..., str | None]
+    configurations: Callable[..., Sequence[str]] = lambda *args: ()
+    configured: Callable[[str], Callable[..., Any]] | None = None
 
     @property
     def is_ours(self) -> bool:
@@ -100,6 +103,17 @@ class Operation:
     defaults: Callable[..., Sequence[str]]
     describe: Callable[..., str]
     library: str
+
+    def named(self, name: str) -> Candidate | None:
+        """A candidate by its name, or by its name, a space and a configuration; None if there is none."""
+        base, _, text = name.partition(" ")
+        candidate = self.candidates.get(base)
+        if candidate is None or not text:
+            return candidate
+        try:
+            return replace(candidate, name=name, run=candidate.configured(text)) if candidate.configured else None
+        except ValueError:
+            return None
 
 
 class Choice(NamedTuple):
@@ -185,7 +199,7 @@ def _first_supported(
 ) -> tuple[Candidate | None, list[str]]:
     reasons: list[str] = []
     for name in names:
-        candidate = operation.candidates.get(name)
+        candidate = operation.named(name)
         reason = "there is no such candidate" if candidate is None else candidate.unsupported(*args)
         if candidate is not None and reason is None:
             return candidate, reasons
@@ -203,7 +217,7 @@ def force(operation: Operation | str, *names: str) -> Iterator[None]:
     """
     found = find(operation)
     for name in names:
-        if name not in found.candidates:
+        if found.named(name) is None:
             raise ValueError(f"candidates of {found.name} are {', '.join(found.candidates)}; got {name!r}")
     if not names:
         raise ValueError(f"name at least one candidate of {found.name}: {', '.join(found.candidates)}")
@@ -380,11 +394,16 @@ def _locked(path: Path) -> Iterator[None]:
 
 # ---------------------------------------------------------------------------------------------------- measuring
 def tune(
-    operation: Operation | str, *args: Any, rounds: int = ROUNDS, known: Mapping[str, float] | None = None
+    operation: Operation | str,
+    *args: Any,
+    rounds: int = ROUNDS,
+    known: Mapping[str, float] | None = None,
+    sweep: bool = False,
 ) -> Measurement:
     """Time every candidate on these arguments, without saving: `save` does.
 
-    known: milliseconds of candidates that were timed on these arguments before, and are not timed again.
+    known: milliseconds of candidates that were timed on these arguments before, and are not timed again.  sweep: then
+    also the configurations of the fastest kernel of ours, a dozen or so to compile.
 
     Each is first compared with the library's result, and must keep a NaN; one that is refused, raises or differs is
     recorded with the reason and not timed.  Rounds go through all candidates in turn, so that a drifting clock hurts
@@ -395,35 +414,51 @@ def tune(
     if is_capturing(args[0]):
         raise RuntimeError(f"fastalex.gpu.dispatch.tune({operation.name}) cannot run during a capture or a compilation")
     with timing.side_stream() if args[0].is_cuda else contextlib.nullcontext():
-        return _tune(operation, args, rounds, known or {})
+        return _tune(operation, args, rounds, known or {}, sweep)
 
 
-def _tune(operation: Operation, args: tuple[Any, ...], rounds: int, known: Mapping[str, float]) -> Measurement:
+def _tune(
+    operation: Operation, args: tuple[Any, ...], rounds: int, known: Mapping[str, float], sweep: bool
+) -> Measurement:
     expected = operation.candidates[operation.library].run(*args)
     refused: dict[str, str] = {}
-    running: list[Candidate] = []
-    for candidate in operation.candidates.values():
-        if candidate.name in known:
-            continue
-        reason = candidate.unsupported(*args)
-        if reason is None:
-            try:
-                reason = _difference(candidate.run(*args), expected)
-                if reason is None and not keeps_nan(operation, candidate, args):
-                    reason = "makes a number of NaN"
-            except Exception as error:  # a compiler's failure is a reason, whatever its class
-                reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-                _blame(candidate, args[0], reason)
-        if reason is None:
-            running.append(candidate)
-        else:
-            refused[candidate.name] = reason
-    seconds = _device_seconds(running, args, rounds) if args[0].is_cuda else _host_seconds(running, args, rounds)
-    times = {name: round(1e3 * statistics.median(found), 6) for name, found in seconds.items()} | dict(known)
+    times = dict(known)
+
+    def measure(candidates: Iterable[Candidate]) -> None:
+        running: list[Candidate] = []
+        for candidate in candidates:
+            if candidate.name in times:
+                continue
+            reason = candidate.unsupported(*args) or _fault(operation, candidate, args, expected)
+            if reason is None:
+                running.append(candidate)
+            else:
+                refused[candidate.name] = reason
+        seconds = _device_seconds(running, args, rounds) if args[0].is_cuda else _host_seconds(running, args, rounds)
+        times.update({name: round(1e3 * statistics.median(found), 6) for name, found in seconds.items()})
+
+    measure(operation.candidates.values())
+    if sweep:
+        ours = [c for c in operation.candidates.values() if c.configured and c.name in times]
+        for candidate in sorted(ours, key=lambda c: times[c.name])[:1]:
+            names = (f"{candidate.name} {text}" for text in candidate.configurations(*args))
+            measure(c for name in names if (c := operation.named(name)))
     default = next(name for name in operation.defaults(*args) if name in times)
     best = min(times, key=times.__getitem__)
     chosen = best if times[best] < CLEARLY_FASTER * times[default] else default
     return Measurement(chosen, times, refused, args[0].shape[0])
+
+
+def _fault(operation: Operation, candidate: Candidate, args: tuple[Any, ...], expected: Tensor) -> str | None:
+    """What is wrong with a candidate on these arguments, or None."""
+    try:
+        reason = _difference(candidate.run(*args), expected)
+        if reason is None and not keeps_nan(operation, candidate, args):
+            reason = "makes a number of NaN"
+    except Exception as error:  # a compiler's failure is a reason, whatever its class
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        _blame(candidate, args[0], reason)
+    return reason
 
 
 def keeps_nan(operation: Operation, candidate: Candidate, args: tuple[Any, ...]) -> bool:

@@ -28,16 +28,17 @@ from fastalex.variants import VARIANTS
 
 
 def tune_model(
-    model: nn.Module, images: Tensor, *, training: bool = True, rounds: int = dispatch.ROUNDS
+    model: nn.Module, images: Tensor, *, training: bool = True, rounds: int = dispatch.ROUNDS, sweep: bool = False
 ) -> Iterator[tuple[str, Measurement]]:
     """Measure each layer for batches like `images`, save it at once, and yield (key, measurement).
 
     Each is measured with torch.backends.cudnn.benchmark on and off, and with its other settings as they are.
-    training=False leaves the gradients out.  Layers without a choice and keys that come twice are skipped.
+    training=False leaves the gradients out.  sweep: see `dispatch.tune`.  Layers without a choice and keys that come
+    twice are skipped.
     """
     for operation, args in choices(model, images, training=training):
         where = dispatch.environment(args[0].device)
-        for key, measurement in measured(operation, args, rounds):
+        for key, measurement in measured(operation, args, rounds, sweep):
             dispatch.save(where, {key: measurement})
             yield key, measurement
 
@@ -60,15 +61,17 @@ def choices(model: nn.Module, images: Tensor, *, training: bool) -> list[tuple[O
     return list(found.values())
 
 
-def measured(operation: Operation, args: tuple[Any, ...], rounds: int) -> Iterator[tuple[str, Measurement]]:
+def measured(
+    operation: Operation, args: tuple[Any, ...], rounds: int, sweep: bool
+) -> Iterator[tuple[str, Measurement]]:
     """(key, measurement) with torch.backends.cudnn.benchmark on and off; kernels of ours, which it does not concern,
     are timed once."""
     times: dict[str, float] = {}
     for benchmark in (True, False):
         with _cudnn_benchmark(benchmark), device_of(args[0]):
             key = dispatch.table_key(operation, dispatch.flags(), args)
-            found = dispatch.tune(operation, *args, rounds=rounds, known=times)
-        times = {name: ms for name, ms in found.milliseconds.items() if operation.candidates[name].is_ours}
+            found = dispatch.tune(operation, *args, rounds=rounds, known=times, sweep=sweep)
+        times = {name: ms for name, ms in found.milliseconds.items() if (c := operation.named(name)) and c.is_ours}
         yield key, found
 
 
@@ -98,6 +101,7 @@ class Job:
     dtypes: Sequence[str]
     batches: Sequence[int]
     training: bool
+    sweep: bool = False
 
     def items(self, context: Context) -> dict[str, Item]:
         """One for each family of kernels, so that one that takes the GPU with it loses its own alone."""
@@ -130,11 +134,12 @@ class Job:
                             with contextlib.suppress(Exception):  # told when it is timed
                                 candidate.run(*args)
                 elif dispatch.table_key(operation, dispatch.flags(), args) not in found:
-                    found |= {key: asdict(m) for key, m in measured(operation, args, dispatch.ROUNDS)}
+                    found |= {key: asdict(m) for key, m in measured(operation, args, dispatch.ROUNDS, self.sweep)}
         return {"where": dispatch.environment(torch.device(context.device)), "measurements": found}
 
     def stage(self) -> Stage:
-        return Stage("tune", self.items, times=True, seconds=300.0)
+        # a sweep compiles a dozen configurations of each layer while it times
+        return Stage("tune", self.items, times=True, seconds=1800.0 if self.sweep else 300.0)
 
 
 def tune(job: Job, path: Path, device: str = "cuda") -> Iterator[tuple[str, Measurement | str]]:

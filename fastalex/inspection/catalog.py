@@ -17,6 +17,7 @@ from fastalex.alexnet import AlexNet
 from fastalex.kernels import (
     augment,
     bias_relu,
+    lpips,
     lrn,
     lrn_max_pool,
     lrn_max_pool_backward,
@@ -273,6 +274,69 @@ class AugmentEntry:
 
 
 @dataclass(frozen=True)
+class LpipsEntry:
+    """One call of a launcher of `lpips`: two maps of one trunk and their distance, or two batches of images.
+
+    variant: "lpips-" and the trunk.  pool: (kernel size, stride) of the max-pool above the map, None without one.
+    above: whether a gradient comes from there.
+    """
+
+    variant: str
+    layer: str
+    direction: str
+    channels: int
+    side: int
+    pool: tuple | None = None
+    above: bool = True
+    dtype: str = "fp16"
+    operation: str = "lpips"
+    layout: str = "channels_last"
+    batch: int = 16
+
+    @property
+    def name(self):
+        return "/".join((self.variant, self.layer, self.operation, self.direction, self.dtype, self.layout))
+
+    @property
+    def image_elements(self):
+        """Elements per image of one map."""
+        return self.channels * self.side**2
+
+    flops = 0
+
+    def tensor(self, batch, side, device, dtype):
+        x = torch.zeros(batch, self.channels, side, side, dtype=dtype, device=device)
+        return x.contiguous(memory_format=torch.channels_last)
+
+    def call(self, batch=None, device="meta"):
+        batch, dtype = batch or self.batch, DTYPES[self.dtype]
+        x = self.tensor(batch, self.side, device, dtype)
+        if self.layer == "images":
+            images = torch.zeros(batch, 3, self.side, self.side, device=device)
+            shift, scale = torch.zeros(3, device=device), torch.ones(3, device=device)
+            if self.direction == "forward":
+                lpips.lpips_images(images, shift, scale, True, x)
+            else:
+                lpips.lpips_images_bwd(x, scale, True, images)
+            return
+        y, weight = torch.zeros_like(x), torch.zeros(self.channels, device=device)
+        if self.direction == "forward":
+            lpips.lpips_fwd([(x, y, weight)], [x.shape])
+            return
+        above = codes = None
+        if self.pool is not None:
+            kernel, stride = self.pool
+            pooled = (self.side - kernel) // stride + 1
+            above, codes = (self.tensor(batch, pooled, device, kind) for kind in (dtype, torch.int8))
+        elif self.above:
+            above = torch.zeros_like(x)
+        grad = torch.zeros(batch, 1, device=device)
+        lpips.lpips_bwd(
+            grad, x, y, weight, above=above, codes=codes, window=self.pool or (1, 1), after_relu=True
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
 class Launch:
     kernel: Any  # JITFunction, or the interpreter's stand-in for it
     grid: tuple
@@ -428,11 +492,35 @@ ENTRIES |= {
 
 ENTRIES |= {entry.name: entry for block in (1, 4) for dtype in DTYPES for entry in [AugmentEntry(block, dtype)]}
 
+# Pictures of 256 x 256.
+LPIPS_LAYERS = [
+    LpipsEntry("lpips-alex", "images", "", 3, 256),
+    LpipsEntry("lpips-alex", "relu1", "", 64, 63, pool=(3, 2)),
+    LpipsEntry("lpips-alex", "relu2", "", 192, 31, pool=(3, 2)),
+    LpipsEntry("lpips-alex", "relu3", "", 384, 15),
+    LpipsEntry("lpips-alex", "relu4", "", 256, 15),
+    LpipsEntry("lpips-alex", "relu5", "", 256, 15, above=False),
+    LpipsEntry("lpips-vgg", "relu1_2", "", 64, 256, pool=(2, 2)),
+    LpipsEntry("lpips-vgg", "relu2_2", "", 128, 128, pool=(2, 2)),
+    LpipsEntry("lpips-vgg", "relu3_3", "", 256, 64, pool=(2, 2)),
+    LpipsEntry("lpips-vgg", "relu4_3", "", 512, 32, pool=(2, 2)),
+    LpipsEntry("lpips-vgg", "relu5_3", "", 512, 16, above=False),
+]
+ENTRIES |= {
+    entry.name: entry
+    for base in LPIPS_LAYERS
+    for direction in ("forward", "backward")
+    for dtype in DTYPES
+    for entry in [replace(base, direction=direction, dtype=dtype)]
+}
+
 
 def representative(dtype):
-    """The entries that differ, of training in channels_last: the paper's, and caffenet's for the LRN on its own."""
+    """The entries that differ, of training in channels_last: the paper's, caffenet's for the LRN alone, and LPIPS."""
     layers = ("pictures", "pictures_space_to_depth", "conv1", "conv2", "conv3", "conv5", "fc6")
     wanted = [("paper", layer) for layer in layers]
+    wanted += [("lpips-alex", layer) for layer in ("images", "relu1", "relu2", "relu3", "relu4")]
+    wanted += [("lpips-vgg", "relu4_3")]
     return [
         entry
         for entry in ENTRIES.values()

@@ -3,8 +3,10 @@
 from fastalex.ops.augment import augment
 from fastalex.ops.conv_relu import conv2d_relu
 from fastalex.ops.conv_relu_pool import conv2d_relu_pool
+from fastalex.ops.feature_distance import feature_distance
 from fastalex.ops.late import after_import
 from fastalex.ops.linear import linear_relu_dropout
+from fastalex.ops.lpips import lpips, lpips_features
 from fastalex.ops.lrn import local_response_norm
 from fastalex.ops.lrn_max_pool import lrn_max_pool2d
 from fastalex.ops.max_pool import max_pool2d, max_pool2d_indices
@@ -16,8 +18,11 @@ __all__ = [
     "augment",
     "conv2d_relu",
     "conv2d_relu_pool",
+    "feature_distance",
     "linear_relu_dropout",
     "local_response_norm",
+    "lpips",
+    "lpips_features",
     "lrn_max_pool2d",
     "max_pool2d",
     "max_pool2d_indices",

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn import Parameter
+from torch.utils._pytree import tree_map
 
 from fastalex.kernels.geometry import dense, memory_format
 
@@ -40,7 +41,7 @@ def operator(name: str) -> Callable[[Callable[..., Any]], Any]:
     def register(function: Callable[..., Any]) -> Any:
         @functools.wraps(function)
         def packed(*args: Any) -> Any:
-            return function(*(dense(a) if isinstance(a, Tensor) else a for a in args))
+            return function(*map(_dense, args))
 
         op: Any = torch.library.custom_op(name, packed, mutates_args=(), device_types=("cpu", "cuda"))
         op.plain = packed
@@ -51,20 +52,37 @@ def operator(name: str) -> Callable[[Callable[..., Any]], Any]:
     return register
 
 
+def _dense(arg: Any) -> Any:
+    if isinstance(arg, list):
+        return [_dense(item) for item in arg]
+    return dense(arg) if isinstance(arg, Tensor) else arg
+
+
 def _one_by_one(op: Any, info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
     """vmap of any operator: a call for each example, stacked."""
+
+    def example(arg: Any, dim: Any, i: int) -> Any:
+        if isinstance(arg, list) and isinstance(dim, list):
+            return [example(item, d, i) for item, d in zip(arg, dim, strict=True)]
+        return arg.select(dim, i) if isinstance(arg, Tensor) and isinstance(dim, int) else arg
+
     results = [
-        op(*(arg.select(dim, i) if isinstance(dim, int) else arg for arg, dim in zip(args, in_dims, strict=True)))
-        for i in range(info.batch_size)
+        op(*(example(arg, dim, i) for arg, dim in zip(args, in_dims, strict=True))) for i in range(info.batch_size)
     ]
-    if isinstance(results[0], Tensor):
-        return torch.stack(results), 0
-    return tuple(map(torch.stack, zip(*results, strict=True))), (0,) * len(results[0])
+    stacked = tree_map(lambda *parts: torch.stack(parts), *results)
+    return stacked, tree_map(lambda _: 0, stacked)
 
 
 def differentiable(op: Any, setup_context: Callable[..., None], backward: Callable[..., Any]) -> None:
-    """Gives the operator its backward: registered, and as the two autograd.Functions that `call` takes."""
+    """Gives the operator its backward: registered, and as the two autograd.Functions that `call` takes.
+
+    For an argument that is a list of tensors, none of which gets a gradient, `backward` returns a list of None; an
+    autograd.Function wants one None.
+    """
     op.register_autograd(backward, setup_context=setup_context)
+
+    def without_lists(ctx: Any, *grads: Any) -> Any:
+        return tuple(None if isinstance(grad, list) else grad for grad in backward(ctx, *grads))
 
     def forward(ctx: Any, *args: Any) -> Any:
         output = op.plain(*args)
@@ -74,10 +92,10 @@ def differentiable(op: Any, setup_context: Callable[..., None], backward: Callab
         return output
 
     def backward_or_nothing(ctx: Any, grad: Tensor | None, *rest: None) -> Any:
-        return (None,) * len(ctx.needs_input_grad) if grad is None else backward(ctx, grad, *rest)
+        return (None,) * len(ctx.needs_input_grad) if grad is None else without_lists(ctx, grad, *rest)
 
     op.recorded = _function(op, forward=staticmethod(forward), backward=staticmethod(backward_or_nothing))
-    op.transformed = _transformed(op, setup_context, backward)
+    op.transformed = _transformed(op, setup_context, without_lists)
 
 
 def _transformed(op: Any, setup_context: Callable[..., None], backward: Callable[..., Any]) -> Callable[..., Any]:

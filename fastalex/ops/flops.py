@@ -58,6 +58,8 @@ def _(grad: Shape, input: Shape, weight: Shape, output: Shape, p: float, needs: 
         OPS.lrn_max_pool2d,
         OPS.lrn_max_pool2d_backward,
         OPS.augment,
+        OPS.feature_distance,
+        OPS.feature_distance_backward,
     ]
 )
 def _(*args: Any, **_: Any) -> int:

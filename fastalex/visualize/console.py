@@ -148,6 +148,19 @@ def print_predictions(pictures: Sequence[str], probabilities: Tensor, classes: S
     console.print(table)
 
 
+def print_distances(distances: Sequence[tuple[str, float]]) -> None:
+    """A row for each pair of pictures, and their mean."""
+    table = Table("picture", "LPIPS")
+    table.columns[1].justify = "right"
+    for name, distance in distances:
+        table.add_row(Text(name), f"{distance:.4f}")
+    if len(distances) > 1:
+        mean = sum(distance for _, distance in distances) / len(distances)
+        table.add_section()
+        table.add_row(Text(f"mean of {len(distances):,}", style="bold"), Text(f"{mean:.4f}", style="bold"))
+    console.print(table)
+
+
 def print_description(description: Description) -> None:
     """The layers of a variant, and what is worth noticing about them."""
     table = Table(

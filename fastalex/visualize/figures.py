@@ -190,6 +190,25 @@ def predictions(
     save(figure, path)
 
 
+def distance_map(pictures: Sequence[Tensor], names: Sequence[str], distances: Tensor, mean: float, path: Path) -> None:
+    """Two pictures, and where they differ: a map with a bar that says what its colours mean.
+
+    pictures: uint8 (3, H, W).  distances: (H, W).  mean: the distance of the whole pictures.
+    """
+    height, width = distances.shape
+    figure = Figure(figsize=(13, 1 + 4 * min(2.0, height / width)), dpi=DPI, layout="constrained")
+    *photos, axes = figure.subplots(1, 3)
+    for photo, picture, name in zip(photos, pictures, names, strict=True):
+        photo.imshow(pixels(picture))
+        photo.set_title(shortened(name), fontsize=9)
+        photo.axis("off")
+    image = axes.imshow(distances.numpy(), cmap="magma", vmin=0)
+    axes.set_title(f"LPIPS {mean:.4f}", fontsize=9)
+    axes.axis("off")
+    figure.colorbar(image, ax=axes, label="distance", shrink=0.8)
+    save(figure, path)
+
+
 def contact_sheet(
     images: Tensor, labels: Sequence[int], probabilities: Tensor, classes: Sequence[str], path: Path, columns: int = 4
 ) -> None:

@@ -195,10 +195,11 @@ def weight_grad_config(images, channels, outputs, taps, pixels, groups, dtype, d
 
 
 def candidates(config):
-    """What a sweep tries beside the heuristic's choice: half as many rows, other warps, a stage more or less."""
-    found = []
-    for block_m in {max(NARROWEST, config.block_m // 2), config.block_m}:
-        for num_warps in {4, 8}:
-            for num_stages in {max(2, config.num_stages - 1), config.num_stages, config.num_stages + 1}:
-                found.append(replace(config, block_m=block_m, num_warps=num_warps, num_stages=num_stages))
-    return sorted(set(found) - {config}, key=str)
+    """What a sweep tries beside the heuristic's choice, as texts: half the rows, other warps, a stage more or less."""
+    found = {
+        replace(config, block_m=block_m, num_warps=num_warps, num_stages=num_stages)
+        for block_m in (max(NARROWEST, config.block_m // 2), config.block_m)
+        for num_warps in (4, 8)
+        for num_stages in (max(2, config.num_stages - 1), config.num_stages, config.num_stages + 1)
+    }
+    return sorted(map(str, found - {config}))

@@ -351,7 +351,7 @@ def conv_input_grad(
     transposed = precision == "tf32" and grad.dtype == torch.float32
     matrix = packed(weight).flatten(1)
     if transposed:
-        matrix = packed(weight).unflatten(0, (groups, k)).permute(0, 4, 2, 3, 1).reshape(groups * c, -1)
+        matrix = packed(weight).unflatten(0, (groups, k)).permute(0, 4, 2, 3, 1).reshape(groups * c, -1).contiguous()
     grad = packed(grad).flatten(1)
     y = None if relu_output is None else packed(relu_output).flatten(1)
     dx = torch.empty(images, height * width * groups * c, dtype=grad.dtype, device=grad.device)

@@ -6,7 +6,7 @@ from tolerances import assert_matches
 
 from fastalex import reference
 from fastalex.cpu import linear
-from fastalex.cpu.conv_relu import conv_relu_fwd
+from fastalex.cpu.conv_relu import conv_input_grad, conv_relu_fwd
 from fastalex.cpu.linear import linear_relu_fwd
 
 GEOMETRIES = [  # stride, padding, dilation, groups
@@ -97,3 +97,26 @@ def test_linear_of_any_strides(dtype):
         wide = [t.double() for t in (x[:, :20], weight, b)]
         magnitude = wide[0].abs() @ wide[1].abs().t() + wide[2].abs()
         assert_matches(y, (wide[0] @ wide[1].t() + wide[2]).relu(), terms=21, magnitude=magnitude)
+
+
+@pytest.mark.parametrize(
+    ("size", "kernel", "stride", "padding"),
+    [
+        ((31, 37), 11, 4, 2),
+        ((33, 32), 11, 4, 2),
+        ((40, 35), 3, 2, 0),
+        ((9, 8), 5, 1, 2),
+        ((7, 7), 1, 1, 0),
+        ((20, 17), 2, 3, 1),
+    ],
+)
+def test_input_gradient(size, kernel, stride, padding):
+    """On blocks of pixels where the convolution is strided; pixels that no window reaches get zero."""
+    x = torch.randn(2, 3, *size, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(6, 3, kernel, kernel, dtype=torch.float64)
+    y = torch.nn.functional.conv2d(x, weight, None, stride, padding)
+    grad = torch.randn_like(y)
+    (expected,) = torch.autograd.grad(y, x, grad)
+    found = conv_input_grad(grad, weight, size, stride, padding)
+    torch.testing.assert_close(found, expected)
+    assert found.is_contiguous(memory_format=torch.channels_last)

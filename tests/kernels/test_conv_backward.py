@@ -104,7 +104,7 @@ def test_descriptors(case, dtype):
     check(grad, weight, x, geometry, **options)
 
 
-@pytest.mark.parametrize("case", ["3x3", "tails"])
+@pytest.mark.parametrize("case", ["1x1", "3x3", "tails"])
 def test_tf32(case):
     check(*exact_sample(case, torch.float32), precision="tf32")
 

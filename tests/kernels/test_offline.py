@@ -1,6 +1,7 @@
 """The catalogue is what the models launch, and its kernels compile to the code that they were designed for."""
 
 import inspect
+import itertools
 from collections import Counter
 from pathlib import Path
 
@@ -8,9 +9,10 @@ import pytest
 import torch
 import triton
 
-from fastalex import backend, cli
+from fastalex import LPIPS, backend, cli
 from fastalex.alexnet import AlexNet
 from fastalex.inspection import catalog, compiler, machine_code, traffic
+from fastalex.inspection.chips import CHIPS, times
 from fastalex.kernels import max_pool
 from fastalex.kernels.bias_relu import bias_relu_
 from fastalex.kernels.registers import interpreting
@@ -161,6 +163,110 @@ def test_traffic(name, dtype, target, answers):
     assert "error" not in launches
     moved = sum(launch["read"] + launch["written"] for launch in launches)
     assert floor(catalog.ENTRIES[request_of(name, dtype, target)[0]]) <= moved <= 1.05 * DESIGN[name][1]
+
+
+# ---- LPIPS
+
+LPIPS_TARGETS = ("sm_80", "sm_90", "sm_100", "sm_120")
+# Modelled time in units of DRAM's.  A B200 reads 16-bit maps faster than it issues what the windows of an overlapping
+# pool cost, and than what turns channels into pixels.
+LPIPS_BOUND = {
+    ("lpips-alex/relu1/lpips/backward", "sm_100"): 1.45,
+    ("lpips-alex/relu2/lpips/backward", "sm_100"): 1.45,
+    ("lpips-alex/images/lpips/forward", "sm_100"): 1.4,
+}
+LPIPS_NAMES = sorted({name.rsplit("/", 2)[0] for name, entry in catalog.ENTRIES.items() if entry.operation == "lpips"})
+LPIPS_QUICK = ("lpips-alex/relu1/lpips/forward", "lpips-alex/relu1/lpips/backward", "lpips-alex/relu3/lpips/backward")
+LPIPS_CASES = [
+    pytest.param(*case, marks=() if case[1:] == ("fp16", "sm_90") and case[0] in LPIPS_QUICK else pytest.mark.slow)
+    for case in itertools.product(LPIPS_NAMES, catalog.DTYPES, LPIPS_TARGETS)
+]
+
+
+def lpips_floor(entry):
+    """Bytes per element of one map that cannot be avoided: each tensor once."""
+    size = catalog.DTYPES[entry.dtype].itemsize
+    if entry.layer == "images":
+        return 4 + size
+    if entry.direction == "forward":
+        return 2 * size
+    if entry.pool is None:
+        return (4 if entry.above else 3) * size
+    kernel, stride = entry.pool
+    return 3 * size + ((entry.side - kernel) // stride + 1) ** 2 / entry.side**2 * (size + 1)
+
+
+@pytest.mark.parametrize(("name", "dtype", "target"), LPIPS_CASES)
+def test_lpips(name, dtype, target, answers):
+    """Nothing is spilt, maps are read in whole vectors, and DRAM sets the pace."""
+    launches = answers[name, dtype, target]
+    assert "error" not in launches
+    code = launches[0]
+    assert code["spills"] == code["stack"] == 0
+    assert code["stores"].keys() & {"16", "4"}
+    entry = catalog.ENTRIES[f"{name}/{dtype}/channels_last"]
+    if entry.layer != "images":
+        assert "16" in code["loads"]
+        assert min(map(int, code["loads"])) >= 4
+    (chip, *_) = (chip for chip in CHIPS if chip.target == target)
+    elements = entry.image_elements * entry.batch
+    pipes = {pipe: number * elements for pipe, number in code["pipes"].items()}
+    modelled = times(chip, pipes=pipes, dram_bytes=lpips_floor(entry) * elements, flops=0, dtype=dtype)
+    allowed = 1.05 if dtype == "fp32" else LPIPS_BOUND.get((name, target), 1.05)
+    assert max(modelled.values()) <= allowed * modelled["DRAM"]
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "target"),
+    [
+        pytest.param(name, dtype, "traffic", marks=() if "relu3" in name and dtype == "fp16" else pytest.mark.slow)
+        for name in LPIPS_NAMES
+        # the interpreter takes minutes for more
+        if catalog.ENTRIES[f"{name}/fp16/channels_last"].image_elements < 2**19
+        for dtype in ("fp16", "fp32")
+    ],
+)
+def test_lpips_traffic(name, dtype, target, answers):
+    launches = answers[name, dtype, target]
+    assert "error" not in launches
+    moved = sum(launch["read"] + launch["written"] for launch in launches)
+    least = lpips_floor(catalog.ENTRIES[f"{name}/{dtype}/channels_last"])
+    assert least <= moved <= 1.05 * least
+
+
+@pytest.mark.skipif(not interpreting(), reason="the model runs on the CPU here")
+@pytest.mark.parametrize("net", ["alex", "vgg"])
+def test_catalogue_is_what_lpips_launches(net):
+    """One pair of 256 x 256; in the model the maps of all layers share one tensor of partial sums."""
+    loss = LPIPS(net=net, pnet_rand=True)
+    image, target = torch.zeros(2, 1, 3, 256, 256)
+    with backend.use("triton"), catalog.recording() as launches:
+        loss(image.requires_grad_(), target, normalize=True).sum().backward()
+
+    def counted(launches):
+        return Counter(
+            (launch.name, launch.grid, *((tuple(x.shape), x.dtype) for x in launch.args[:2]), *constants(launch))
+            for launch in launches
+            if launch.name.startswith("lpips_")
+        )
+
+    def constants(launch):
+        return sorted((key, value) for key, value in launch.constants.items())
+
+    entries = [
+        entry
+        for entry in catalog.ENTRIES.values()
+        if isinstance(entry, catalog.LpipsEntry) and (entry.variant, entry.dtype) == (f"lpips-{net}", "fp32")
+    ]
+    expected = counted(launch for entry in entries for launch in catalog.launches(entry, 1))
+    found = counted(launches)
+    # the second picture, and for VGG16 the pictures that AlexNet's entries stand for
+    pictures = [key for key in found if key[0] == "lpips_images_kernel"]
+    assert sum(found[key] for key in pictures) == 3
+    assert {key for key in expected if key[0] == "lpips_images_kernel"} <= set(pictures)
+    assert {key: n for key, n in found.items() if key not in pictures} == {
+        key: n for key, n in expected.items() if key not in pictures
+    }
 
 
 # ---- convolutions

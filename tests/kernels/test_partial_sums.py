@@ -24,7 +24,10 @@ def test_sum_of_no_partials_is_zero():
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
-@pytest.mark.parametrize(("count", "length", "features"), [(2, 96, 48), (5, 4097, 4097), (33, 64, 8), (1025, 32, 32)])
+@pytest.mark.parametrize(
+    ("count", "length", "features"),
+    [(2, 96, 48), (5, 4097, 4097), (33, 64, 8), (1025, 32, 32), (9, 16384, 64)],
+)
 def test_bias_and_relu(count, length, features, dtype):
     """The parts of a convolution's sum: the bias, as often as it fits, and the ReLU behind the last addition only."""
     partials, bias = torch.randn(count, length), torch.randn(features).to(dtype)
