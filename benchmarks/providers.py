@@ -212,19 +212,19 @@ FORCED = ("fastalex-batch_tiled", "fastalex-descriptors", "fastalex-spatial", "f
 
 @contextlib.contextmanager
 def forced(name: str) -> Iterator[None]:
-    """Within the block one of `FORCED` has our Triton convolution in that form, and our kernels for its gradients.
+    """Within the block one of `FORCED` has our Triton convolution by that algorithm, and our kernels for its gradients.
 
-    Raises NotApplicable out of the block where that form takes no such convolution.
+    Raises NotApplicable out of the block where that algorithm takes no such convolution.
     """
     if name not in FORCED:
         yield
         return
-    form = name.removeprefix("fastalex-")
-    kernels = ("triton_descriptors", "triton") if form == "descriptors" else ("triton",)
+    algorithm = name.removeprefix("fastalex-")
+    kernels = ("triton_descriptors", "triton") if algorithm == "descriptors" else ("triton",)
     blocks = ("space_to_depth_descriptors", "space_to_depth_triton")[-len(kernels) :]
     with contextlib.ExitStack() as stack:
         for operation, names in (
-            ("conv2d_relu", (f"space_to_depth_{form}", f"triton_{form}")),
+            ("conv2d_relu", (f"space_to_depth_{algorithm}", f"triton_{algorithm}")),
             # the library's for the pictures' gradient, which nobody needs
             ("conv2d_input_grad", (*kernels, "library")),
             ("conv2d_weight_grad", (*blocks, *kernels)),

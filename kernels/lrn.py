@@ -12,8 +12,8 @@ recomputing it saves.
 
 Three kernels a pass:
 - channels last: a thread holds one 16-byte vector of channels and its halo in registers;
-- planes (contiguous NC...): a thread holds a chunk of channels of one pixel and its halo;
-- wide: windows that reach further than one vector; a whole channel group lives in one program.
+- nchw (contiguous): a thread holds a chunk of channels of one pixel and its halo;
+- any_window: windows that reach further than one vector; a whole channel group lives in one program.
 
 Source: Krizhevsky et al. 2012, section 3.3, in the convention of Caffe and torch.nn.functional (alpha/size).
 """
@@ -29,6 +29,7 @@ import triton.language as tl
 from .geometry import dense, in_layout_of, is_channels_last
 from .registers import (
     DTYPES,
+    LANES,
     inverse_power,
     next_power_of_2,
     pack,
@@ -41,16 +42,16 @@ from .registers import (
 )
 
 THREADS = 128
-# Warps that exchange their neighbours' terms by shuffles: of 32 lanes the outer two only feed the others.
-LANES = tl.constexpr(32)
-FEEDING_LANES = tl.constexpr(2)
-# Halo channels a side that the planes kernels keep in registers: windows up to 17.
+# Lanes that exchange their neighbours' terms by shuffles, a warp or half of AMD's; the outer two only feed the others.
+EXCHANGING = tl.constexpr(32)
+FEEDING = tl.constexpr(2)
+# Halo channels a side that the NCHW kernels keep in registers: windows up to 17.
 MAX_HALO = 8
-# Channels of one pixel that a thread of the planes kernels computes. Backward takes 35 instructions per element
+# Channels of one pixel that a thread of the NCHW kernels computes. Backward takes 35 instructions per element
 # with 8, 28 with 16; registers allow no more at full occupancy.
 CHUNK = 16
-# Elements of a program of the wide kernels: 16 per thread.
-WIDE_TILE = 2048
+# Elements of a program of the kernels for any window: 16 per thread.
+ANY_WINDOW_TILE = 2048
 
 
 @triton.jit
@@ -192,12 +193,12 @@ def lrn_bwd_kernel(
     Shuffling that halo takes 26 instructions per fp16 element on sm_90, recomputing it a third more, although
     the outer two of 32 lanes store nothing.
     """
-    lane = tl.arange(0, LANES)
-    INNER: tl.constexpr = LANES - FEEDING_LANES
-    warp = work_items(BLOCK // LANES, LARGE)
+    lane = tl.arange(0, EXCHANGING)
+    INNER: tl.constexpr = EXCHANGING - FEEDING
+    warp = work_items(BLOCK // EXCHANGING, LARGE)
     position = tl.expand_dims(warp * INNER - 1, 1) + tl.expand_dims(lane, 0)
     vector = tl.minimum(tl.maximum(position, 0), vectors - 1)
-    stored = (position < vectors) & tl.expand_dims((lane > 0) & (lane < LANES - 1), 0)
+    stored = (position < vectors) & tl.expand_dims((lane > 0) & (lane < EXCHANGING - 1), 0)
     channel, offset = vector_offset(vector, tl.cdiv(CHANNELS, VEC), CHANNELS, VEC)
 
     x = load_window(x_ptr + offset, channel, BELOW, ABOVE, VEC, CHANNELS)
@@ -212,7 +213,7 @@ def lrn_bwd_kernel(
 
     # the adjoint window reaches ABOVE channels down and BELOW channels up
     previous = tl.broadcast_to(tl.expand_dims(tl.maximum(lane - 1, 0), 0), position.shape)
-    following = tl.broadcast_to(tl.expand_dims(tl.minimum(lane + 1, LANES - 1), 0), position.shape)
+    following = tl.broadcast_to(tl.expand_dims(tl.minimum(lane + 1, EXCHANGING - 1), 0), position.shape)
     around = ()
     for i in tl.static_range(VEC - ABOVE, VEC):
         around = around + (tl.where(channel > 0, tl.gather(ts[i], previous, 1), 0.0),)
@@ -227,7 +228,7 @@ def lrn_bwd_kernel(
 
 
 @triton.jit
-def load_planes(
+def load_nchw(
     ptr,
     first,
     START: tl.constexpr,
@@ -252,8 +253,8 @@ def load_planes(
 
 
 @triton.jit
-def store_planes(ptr, t, first, N: tl.constexpr, PLANE: tl.constexpr, CHANNELS: tl.constexpr):
-    """The inverse of `load_planes` for START = 0 and STOP = N."""
+def store_nchw(ptr, t, first, N: tl.constexpr, PLANE: tl.constexpr, CHANNELS: tl.constexpr):
+    """The inverse of `load_nchw` for START = 0 and STOP = N."""
     for i in tl.static_range(N):
         value = t[i].to(ptr.dtype.element_ty)
         if CHANNELS % N == 0:
@@ -288,7 +289,7 @@ def pixel_chunk(
 
 
 @triton.jit
-def lrn_fwd_planes_kernel(
+def lrn_fwd_nchw_kernel(
     x_ptr,  # (N, groups, CHANNELS, plane)
     y_ptr,  # the same
     pixels,  # N * groups * plane
@@ -307,16 +308,16 @@ def lrn_fwd_planes_kernel(
     """Contiguous, CHUNK channels of one pixel per thread.  Planes of odd size allow no wider loads."""
     first, offset = pixel_chunk(pixels, PLANE, CHANNELS, CHUNK, BLOCK, LARGE)
     # all loads come before the first store: the compiler moves no load over a store
-    x = load_planes(x_ptr + offset, first, -BELOW, CHUNK + ABOVE, CHUNK, PLANE, CHANNELS)
+    x = load_nchw(x_ptr + offset, first, -BELOW, CHUNK + ABOVE, CHUNK, PLANE, CHANNELS)
     d = denominators(x, CHUNK, BELOW + 1 + ABOVE, SCALE, K)
     y = ()
     for i in tl.static_range(CHUNK):
         y = y + (x[BELOW + i] * inverse_power(d[i], BETA, ASM),)
-    store_planes(y_ptr + offset, y, first, CHUNK, PLANE, CHANNELS)
+    store_nchw(y_ptr + offset, y, first, CHUNK, PLANE, CHANNELS)
 
 
 @triton.jit
-def lrn_bwd_planes_kernel(
+def lrn_bwd_nchw_kernel(
     x_ptr,  # (N, groups, CHANNELS, plane)
     g_ptr,  # the same
     dx_ptr,  # the same
@@ -337,8 +338,8 @@ def lrn_bwd_planes_kernel(
     SIZE: tl.constexpr = BELOW + 1 + ABOVE
     REACH: tl.constexpr = BELOW + ABOVE
     first, offset = pixel_chunk(pixels, PLANE, CHANNELS, CHUNK, BLOCK, LARGE)
-    x = load_planes(x_ptr + offset, first, -REACH, CHUNK + REACH, CHUNK, PLANE, CHANNELS)
-    g = load_planes(g_ptr + offset, first, -ABOVE, CHUNK + BELOW, CHUNK, PLANE, CHANNELS)
+    x = load_nchw(x_ptr + offset, first, -REACH, CHUNK + REACH, CHUNK, PLANE, CHANNELS)
+    g = load_nchw(g_ptr + offset, first, -ABOVE, CHUNK + BELOW, CHUNK, PLANE, CHANNELS)
     d = denominators(x, CHUNK + REACH, SIZE, SCALE, K)
     us = ()
     ts = ()
@@ -350,7 +351,7 @@ def lrn_bwd_planes_kernel(
     dx = ()
     for i in tl.static_range(CHUNK):
         dx = dx + (us[ABOVE + i] - (x[REACH + i] * (2 * SCALE * BETA)) * sums[i],)
-    store_planes(dx_ptr + offset, dx, first, CHUNK, PLANE, CHANNELS)
+    store_nchw(dx_ptr + offset, dx, first, CHUNK, PLANE, CHANNELS)
 
 
 @triton.jit
@@ -376,7 +377,7 @@ def row_offsets(rows, plane, CHANNELS: tl.constexpr, BLOCK: tl.constexpr, TILE: 
 
 
 @triton.jit
-def lrn_fwd_wide_kernel(
+def lrn_fwd_any_window_kernel(
     x_ptr,  # (rows / plane, CHANNELS, plane); channels last is plane = 1
     y_ptr,  # the same
     rows,
@@ -401,7 +402,7 @@ def lrn_fwd_wide_kernel(
 
 
 @triton.jit
-def lrn_bwd_wide_kernel(
+def lrn_bwd_any_window_kernel(
     x_ptr,  # (rows / plane, CHANNELS, plane); channels last is plane = 1
     g_ptr,  # the same
     dx_ptr,  # the same
@@ -433,17 +434,16 @@ class Pass:
     """The kernels of one direction and how much work a program of them takes."""
 
     channels_last: Callable
-    planes: Callable
-    wide: Callable
+    nchw: Callable
+    any_window: Callable
     # threads of a program of the channels-last kernel, and vectors that it stores
     threads: int
     vectors: int
 
 
-FORWARD = Pass(lrn_fwd_kernel, lrn_fwd_planes_kernel, lrn_fwd_wide_kernel, THREADS, THREADS)
-# One warp, which waits for no other where it exchanges its halo (AMD: one of 64 lanes).
-EXCHANGING = 32 if torch.version.hip is None else 64
-BACKWARD = Pass(lrn_bwd_kernel, lrn_bwd_planes_kernel, lrn_bwd_wide_kernel, EXCHANGING, EXCHANGING // 32 * 30)
+FORWARD = Pass(lrn_fwd_kernel, lrn_fwd_nchw_kernel, lrn_fwd_any_window_kernel, THREADS, THREADS)
+# One warp, which waits for no other where it exchanges its halo.
+BACKWARD = Pass(lrn_bwd_kernel, lrn_bwd_nchw_kernel, lrn_bwd_any_window_kernel, LANES, LANES // 32 * 30)
 
 
 def check(x, size, groups):
@@ -464,7 +464,7 @@ def vector_size(channels, width, reach):
 
 
 def chunk_size(channels):
-    """Channels per thread of the planes kernels: a divisor that needs no masks, unless it is small."""
+    """Channels per thread of the NCHW kernels: a divisor that needs no masks, unless it is small."""
     divisor = next(n for n in range(min(channels, CHUNK), 0, -1) if channels % n == 0)
     return divisor if 2 * divisor >= CHUNK else min(channels, CHUNK)
 
@@ -500,12 +500,12 @@ def launch(direction, tensors, size, alpha, beta, k, groups):
     elif not is_channels_last(x) and max(below, above) <= MAX_HALO:
         chunk = chunk_size(channels)
         grid = (triton.cdiv(rows, THREADS) * triton.cdiv(channels, chunk),)
-        direction.planes[grid](*tensors, rows, PLANE=plane, **constants, CHUNK=chunk, BLOCK=THREADS)
+        direction.nchw[grid](*tensors, rows, PLANE=plane, **constants, CHUNK=chunk, BLOCK=THREADS)
     else:
         tile = triton.next_power_of_2(channels)
-        block = max(1, WIDE_TILE // tile)
+        block = max(1, ANY_WINDOW_TILE // tile)
         grid = (triton.cdiv(rows, block),)
-        direction.wide[grid](*tensors, rows, plane, **constants, BLOCK=block, TILE=tile)
+        direction.any_window[grid](*tensors, rows, plane, **constants, BLOCK=block, TILE=tile)
 
 
 def lrn_fwd(x, size, alpha, beta, k, groups=1):

@@ -23,7 +23,7 @@ import triton.language as tl
 from . import geometry
 from .geometry import dense, is_channels_last, no_cell, output_size
 from .lrn import denominators, load_window
-from .registers import DTYPES, inverse_power, pack, take, use_asm, vector_width
+from .registers import DTYPES, LANES, inverse_power, pack, take, use_asm, vector_width
 
 MAX_SIZE = 9
 
@@ -223,8 +223,6 @@ def lrn_max_pool_fwd_kernel(
 
 
 # ------------------------------------------------------------------------------------------------ launch
-# Lanes of a warp: 64 on AMD's datacentre GPUs.
-LANES = 64 if torch.version.hip else 32
 # 23 warps of the forward kernel for each of 132 multiprocessors: with fewer, an H100 waits for memory (conv1 at batch
 # 128: 49 us with 3,888 warps, 54 with 2,592, 68 with 1,296).
 ENOUGH_WARPS = 3072

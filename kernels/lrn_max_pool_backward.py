@@ -14,9 +14,9 @@ import triton.language as tl
 
 from .geometry import dense, in_layout_of, output_size
 from .lrn import denominators, gradient_terms, load_window
-from .lrn_max_pool import LANES, check, constants, store_channels
+from .lrn_max_pool import check, constants, store_channels
 from .max_pool_3x3s2 import gather_2x2
-from .registers import pack, take, unpack, window_sums
+from .registers import LANES, pack, take, unpack, window_sums
 
 # Row pairs of an item of the backward kernel are halved no further than that.
 ENOUGH_WARPS = 1280

@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .geometry import Pair, Window, memory_format
-from .max_pool_3x3s2 import max_pool_bwd_3x3s2, max_pool_bwd_3x3s2_planes
+from .max_pool_3x3s2 import max_pool_bwd_3x3s2, max_pool_bwd_3x3s2_nchw
 from .registers import DTYPES, vector_width
 
 # Vectors of channels, pixels or codes a program: nothing crosses threads, one for each of four warps' threads.
@@ -333,7 +333,7 @@ def max_pool_fwd(
     copied to the nearer one.
 
     `codes=False` returns None for the codes.  `after_relu=True` promises x >= 0 (or NaN): windows whose maximum
-    is 0 then get the dead code, so that max_pool_bwd carries the ReLU mask of the layer below.
+    is 0 then get the code of no cell, so that max_pool_bwd carries the ReLU mask of the layer below.
 
     Raises ValueError for another rank or dtype, a window outside PyTorch's rules or of more than 127 cells.
     """
@@ -445,7 +445,7 @@ def max_pool_bwd(
         partials = max_pool_bwd_3x3s2(grad, codes, dx, vec, bias_partials)
         return dx if partials is None else (dx, partials)
     if special and not channels_last:
-        max_pool_bwd_3x3s2_planes(grad, codes, dx)
+        max_pool_bwd_3x3s2_nchw(grad, codes, dx)
     else:
         max_pool_bwd_kernel[(n * triton.cdiv(h * w * c // vec, BLOCK),)](
             grad,
@@ -466,7 +466,7 @@ def max_pool_indices(
 ) -> Tensor:
     """The codes of max_pool_fwd as PyTorch's indices: int64 h * W + w of the input plane, in the codes' memory format.
 
-    For codes that are not dead.  Raises ValueError as max_pool_bwd.
+    For codes that name a cell.  Raises ValueError as max_pool_bwd.
     """
     window = Window(kernel_size, stride, padding, dilation)
     check_codes(codes, input_size, window)

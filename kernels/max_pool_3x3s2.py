@@ -235,7 +235,7 @@ def max_pool_bwd_3x3s2_kernel(
 
 
 @triton.jit
-def max_pool_bwd_3x3s2_plane_kernel(
+def max_pool_bwd_3x3s2_nchw_kernel(
     grad_ptr,  # (N, C, OH, OW)
     codes_ptr,  # (N, C, OH, OW) int8
     dx_ptr,  # (N, C, H, W)
@@ -321,10 +321,10 @@ def max_pool_bwd_3x3s2(grad: Tensor, codes: Tensor, dx: Tensor, vec: int, bias_p
     return partials
 
 
-def max_pool_bwd_3x3s2_planes(grad: Tensor, codes: Tensor, dx: Tensor) -> None:
+def max_pool_bwd_3x3s2_nchw(grad: Tensor, codes: Tensor, dx: Tensor) -> None:
     """Fill dx, in NCHW, as above."""
     n, c, h, w = dx.shape
     items = c * triton.cdiv(h, 2) * triton.cdiv(w, 2)
-    max_pool_bwd_3x3s2_plane_kernel[(n * triton.cdiv(items, BLOCK),)](
+    max_pool_bwd_3x3s2_nchw_kernel[(n * triton.cdiv(items, BLOCK),)](
         grad, codes, dx, H=h, W=w, OH=codes.shape[2], OW=codes.shape[3], C=c, ASM=use_asm(), BLOCK=BLOCK, num_warps=4
     )

@@ -9,6 +9,8 @@ import triton
 import triton.language as tl
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+# Of a warp: 64 on AMD's datacentre GPUs (CDNA), whose warps are called waves.
+LANES = 32 if torch.version.hip is None else 64
 
 
 def interpreting():
@@ -22,8 +24,8 @@ def use_asm():
 
 
 def warps(threads):
-    """num_warps for so many threads.  AMD waves are 64 wide (CDNA); more of them would split the vectors."""
-    return threads // (32 if torch.version.hip is None else 64)
+    """num_warps for so many threads; more of them would split the vectors."""
+    return threads // LANES
 
 
 def vector_width(dtype):

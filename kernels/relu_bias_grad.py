@@ -66,7 +66,7 @@ def relu_bias_grad_kernel(
 
 
 @triton.jit
-def relu_bias_grad_planes_kernel(
+def relu_bias_grad_nchw_kernel(
     grad_ptr,  # (images, channels, plane)
     y_ptr,  # the same
     dz_ptr,  # the same
@@ -151,7 +151,7 @@ def relu_bias_grad(grad, y, *, bias=True, scale=1.0):
             BLOCK_R=block, BLOCK_C=columns, num_warps=warps(THREADS),
         )  # fmt: skip
     else:
-        relu_bias_grad_planes_kernel[grid](
+        relu_bias_grad_nchw_kernel[grid](
             grad, y, dz, partials, y.shape[0], channels, plane, steps, scale,
             BLOCK_N=block, BLOCK_P=columns, num_warps=warps(THREADS),
         )  # fmt: skip

@@ -26,8 +26,8 @@ MAX_ROW = 64
 @triton.jit
 def space_to_depth_kernel(
     x_ptr,  # (N, PLANES, height, width) rows of a plane, or of a whole image whose channels lie next to each other
-    y_ptr,  # (N, out_height, out_width, BLOCK * BLOCK * C)
-    items,  # N * out_height * out_width * (BLOCK / ROWS)
+    y_ptr,  # (N, out_height, out_width, SQUARE * SQUARE * C)
+    items,  # N * out_height * out_width * (SQUARE / ROWS)
     height,
     width,  # pieces in a row of x
     out_height,
@@ -38,23 +38,23 @@ def space_to_depth_kernel(
     SHIFT: tl.constexpr,  # C numbers
     C: tl.constexpr,
     PLANES: tl.constexpr,  # C, or 1 where the channels lie next to each other
-    BLOCK: tl.constexpr,
+    SQUARE: tl.constexpr,  # pixels a side of a block
     ROWS: tl.constexpr,
     PIECE: tl.constexpr,  # elements loaded at once, all inside x or all outside
     VEC: tl.constexpr,
     LARGE: tl.constexpr,
-    ITEMS: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
-    """An item is ROWS rows of one block: ROWS * BLOCK * C neighbours in y, whatever the layout of x."""
-    PIECES: tl.constexpr = BLOCK * C // PLANES // PIECE
+    """An item is ROWS rows of one block: ROWS * SQUARE * C neighbours in y, whatever the layout of x."""
+    PIECES: tl.constexpr = SQUARE * C // PLANES // PIECE
     program = tl.program_id(0)
     if LARGE:
         program = program.to(tl.int64)
-    item = program * ITEMS + tl.arange(0, ITEMS)
-    part = item % (BLOCK // ROWS)
-    pixel = item // (BLOCK // ROWS)
+    item = program * BLOCK + tl.arange(0, BLOCK)
+    part = item % (SQUARE // ROWS)
+    pixel = item // (SQUARE // ROWS)
     column = pixel % out_width * PIECES - left
-    row = pixel // out_width % out_height * BLOCK + part * ROWS - top
+    row = pixel // out_width % out_height * SQUARE + part * ROWS - top
     image = pixel // (out_width * out_height)
 
     values = ()
@@ -78,8 +78,8 @@ def space_to_depth_kernel(
             for plane in tl.static_range(PLANES):
                 values = values + (loaded[plane * PIECES * PIECE + i],)
 
-    first = item.to(tl.int64) * (ROWS * BLOCK * C)
-    for v in tl.static_range(ROWS * BLOCK * C // VEC):
+    first = item.to(tl.int64) * (ROWS * SQUARE * C)
+    for v in tl.static_range(ROWS * SQUARE * C // VEC):
         y = pack(take(values, v * VEC, (v + 1) * VEC), VEC).to(y_ptr.dtype.element_ty)
         index = (first + v * VEC)[:, None] + tl.arange(0, VEC)[None, :]
         tl.store(y_ptr + index, y, mask=(item < items)[:, None])
@@ -143,12 +143,12 @@ def space_to_depth(x, block, padding=((0, 0), (0, 0)), *, mean=None, std=None, d
         SHIFT=tuple(-m / s for m, s in zip(mean, std, strict=True)),
         C=channels,
         PLANES=planes,
-        BLOCK=block,
+        SQUARE=block,
         ROWS=rows,
         PIECE=piece,
         VEC=math.gcd(rows * block * channels, vec),
         LARGE=max(x.numel(), y.numel()) >= 2**31 - 2**16,
-        ITEMS=THREADS,
+        BLOCK=THREADS,
         num_warps=warps(THREADS),
     )  # fmt: skip
     return y

@@ -448,7 +448,7 @@ def candidate_variant(name):
     return Variant(**{**vars(variant), **changes})
 
 
-# form: of the forward pass.  The input gradient's candidate, and conv1's for its weight gradient.
+# algorithm: of the forward pass.  The input gradient's candidate, and conv1's for its weight gradient.
 FORCED = {
     "spatial": ("triton", "space_to_depth_library"),
     "batch_tiled": ("triton", "space_to_depth_triton"),
@@ -457,16 +457,18 @@ FORCED = {
 }
 
 
-@pytest.mark.parametrize("form", [pytest.param(f, marks=pytest.mark.slow if f != "spatial" else ()) for f in FORCED])
+@pytest.mark.parametrize(
+    "algorithm", [pytest.param(f, marks=pytest.mark.slow if f != "spatial" else ()) for f in FORCED]
+)
 @pytest.mark.parametrize("name", ["paper", "torchvision"])
-def test_every_triton_candidate_runs_the_model(name, form):
+def test_every_triton_candidate_runs_the_model(name, algorithm):
     """Forward and backward with Triton's convolutions, against the reference in float64."""
     from fastalex.gpu import dispatch
     from fastalex.kernels.registers import interpreting
 
-    if form == "descriptors" and not interpreting():
+    if algorithm == "descriptors" and not interpreting():
         pytest.skip("TF32 has other bounds")
-    input_grad, conv1_grad = FORCED[form]
+    input_grad, conv1_grad = FORCED[algorithm]
     model = fastalex.AlexNet(10, variant=candidate_variant(name)).eval()
     with torch.no_grad():
         for p in model.parameters():
@@ -475,18 +477,18 @@ def test_every_triton_candidate_runs_the_model(name, form):
     wide = copy.deepcopy(model).double()
     precision = torch.backends.cudnn.conv.fp32_precision
     # the descriptors' gradients refuse exact fp32; the interpreter multiplies exactly all the same
-    torch.backends.cudnn.conv.fp32_precision = "tf32" if form == "descriptors" else "ieee"
+    torch.backends.cudnn.conv.fp32_precision = "tf32" if algorithm == "descriptors" else "ieee"
     try:
         with (
             fastalex.backend.use("triton"),
-            dispatch.force("conv2d_relu", f"space_to_depth_{form}", f"triton_{form}"),
+            dispatch.force("conv2d_relu", f"space_to_depth_{algorithm}", f"triton_{algorithm}"),
             dispatch.force("conv2d_input_grad", input_grad, "triton"),
             dispatch.force("conv2d_weight_grad", conv1_grad, input_grad, "triton"),
         ):
             lines = [line for line in fastalex.choices.explain(model, x).splitlines() if ": conv2d" in line]
             forward = [line for line in lines if ": conv2d_relu by" in line]
-            assert [f"by space_to_depth_{form}" in line for line in forward] == [True] + [False] * 4
-            assert all(f"by triton_{form}" in line for line in forward[1:])
+            assert [f"by space_to_depth_{algorithm}" in line for line in forward] == [True] + [False] * 4
+            assert all(f"by triton_{algorithm}" in line for line in forward[1:])
             assert sum(f"conv2d_input_grad by {input_grad} " in line for line in lines) >= 4
             assert [f"conv2d_weight_grad by {conv1_grad} " in line for line in lines[1::3]] == [True] + [False] * 4
             assert all(f"conv2d_weight_grad by {input_grad} " in line for line in lines[4::3])

@@ -79,7 +79,7 @@ def trips(launch):
         "lrn_max_pool_bwd_kernel": "ROWS",
         "max_pool_bwd_3x3s2_kernel": "per_program",
         "relu_bias_grad_kernel": "steps",
-        "relu_bias_grad_planes_kernel": "steps",
+        "relu_bias_grad_nchw_kernel": "steps",
     }
     if launch.name == "lpips_bwd_kernel":
         # the windows that cover a pixel, on average

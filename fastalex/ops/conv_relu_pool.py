@@ -1,6 +1,6 @@
 """Operator `fastalex::conv2d_relu_pool`: a whole stage, conv -> ReLU -> (LRN ->) max-pool, as one autograd node.
 
-One node lets the pooling backward write the gradient before the ReLU directly: the window codes of dead windows
+One node lets the pooling backward write the gradient before the ReLU directly: the codes of windows whose maximum is 0
 carry the mask, and the same pass sums the bias gradient.  Neither is computed again below.
 Saved: input, weight, the int8 codes, and the activation where LRN needs it (without LRN the codes are enough).
 """

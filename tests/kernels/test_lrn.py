@@ -17,7 +17,7 @@ from fastalex.kernels.lrn import lrn_bwd, lrn_fwd
 from fastalex.kernels.registers import interpreting
 
 LAYOUTS = ("channels_last", "contiguous")
-KERNELS = ("channels_last", "planes", "wide")
+KERNELS = ("channels_last", "nchw", "any_window")
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 PAPER = {"size": 5, "alpha": 5e-4, "beta": 0.75, "k": 2.0}
 # d varies by large factors: a wrong window, scale or exponent moves every element
@@ -338,7 +338,7 @@ real_shifted_sums = lrn.shifted_sums
         ("window_sums", without_the_last, "channels_last", 5),
         ("window_sums", without_the_last, "contiguous", 5),
         ("load_window", without_halo, "channels_last", 5),
-        ("load_planes", without_mask, "contiguous", 5),
+        ("load_nchw", without_mask, "contiguous", 5),
         ("denominators", undivided, "channels_last", 5),
         ("denominators", undivided, "contiguous", 5),
         ("shifted_sums", shifted_by_one, "channels_last", 21),
@@ -386,10 +386,10 @@ CONSTANTS = {"CHANNELS": 96, "BELOW": 2, "ABOVE": 2, "SCALE": 1e-4, "BETA": 0.6,
 SIZES = {
     "lrn_fwd_kernel": {"VEC": 8, "BLOCK": 128},
     "lrn_bwd_kernel": {"VEC": 8, "BLOCK": 128},
-    "lrn_fwd_planes_kernel": {"PLANE": 3025, "CHUNK": 16, "BLOCK": 128},
-    "lrn_bwd_planes_kernel": {"PLANE": 3025, "CHUNK": 16, "BLOCK": 128},
-    "lrn_fwd_wide_kernel": {"BLOCK": 16, "TILE": 128},
-    "lrn_bwd_wide_kernel": {"BLOCK": 16, "TILE": 128},
+    "lrn_fwd_nchw_kernel": {"PLANE": 3025, "CHUNK": 16, "BLOCK": 128},
+    "lrn_bwd_nchw_kernel": {"PLANE": 3025, "CHUNK": 16, "BLOCK": 128},
+    "lrn_fwd_any_window_kernel": {"BLOCK": 16, "TILE": 128},
+    "lrn_bwd_any_window_kernel": {"BLOCK": 16, "TILE": 128},
 }
 
 

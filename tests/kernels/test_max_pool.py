@@ -479,7 +479,7 @@ def test_backward_offsets_beyond_2_31(kernel, monkeypatch):
             dict(VEC=8, COLUMNS=8, ASM=False, BLOCK=32),
         ),
         "plane": (
-            max_pool_3x3s2.max_pool_bwd_3x3s2_plane_kernel,
+            max_pool_3x3s2.max_pool_bwd_3x3s2_nchw_kernel,
             (grad, codes, dx),
             batch * channels * (height // 2) * (width // 2) // 128,
             dict(ASM=False, BLOCK=128),
@@ -583,7 +583,7 @@ def test_the_suite_notices(what, line, broken, tmp_path, monkeypatch):
     module = mutant
     if original is max_pool_3x3s2:
         module = max_pool
-        for name in ("max_pool_bwd_3x3s2", "max_pool_bwd_3x3s2_planes"):
+        for name in ("max_pool_bwd_3x3s2", "max_pool_bwd_3x3s2_nchw"):
             monkeypatch.setattr(max_pool, name, getattr(mutant, name))
     # where memory is checked, an access out of bounds is an error before a wrong value can be seen
     with pytest.raises(AssertionError if INTERPRETING else (AssertionError, RuntimeError)):

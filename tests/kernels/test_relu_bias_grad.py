@@ -193,7 +193,7 @@ def test_partial_sums_are_below_two_percent():
     for channels, side in ((96, 55), (256, 27), (384, 13), (256, 13)):
         for layout in (torch.contiguous_format, torch.channels_last):
             shapes = []
-            launch_nothing = {"relu_bias_grad_kernel": Nothing(), "relu_bias_grad_planes_kernel": Nothing()}
+            launch_nothing = {"relu_bias_grad_kernel": Nothing(), "relu_bias_grad_nchw_kernel": Nothing()}
             with pytest.MonkeyPatch.context() as patch:
                 for name, kernel in launch_nothing.items():
                     patch.setattr(module, name, kernel)
@@ -213,13 +213,13 @@ def test_compiled_code():
     """64-bit rows, 16-byte accesses in channels-last memory, also for AMD."""
     pointers = {"grad_ptr": "*fp16", "y_ptr": "*fp16", "dz_ptr": "*fp16", "partials_ptr": "*fp32"}
     last = {"rows": "i32", "steps": "i32", "scale": "fp32"}
-    planes = {"images": "i32", "channels": "i32", "plane": "i32", "steps": "i32", "scale": "fp32"}
+    nchw = {"images": "i32", "channels": "i32", "plane": "i32", "steps": "i32", "scale": "fp32"}
     rows = ("relu_bias_grad", "relu_bias_grad_kernel", pointers | last, {"channels": 96, "BLOCK_R": 64, "BLOCK_C": 32})
     jobs = {str(target): (*rows, target) for target in (80, 90, 100, "gfx942")}
-    jobs["planes"] = (
+    jobs["nchw"] = (
         "relu_bias_grad",
-        "relu_bias_grad_planes_kernel",
-        pointers | planes,
+        "relu_bias_grad_nchw_kernel",
+        pointers | nchw,
         {"BLOCK_N": 2, "BLOCK_P": 1024},
         90,
     )
@@ -229,6 +229,6 @@ def test_compiled_code():
         assert "st.global.v4.b32" in builds[name]["ptx"]
         assert "ld.global.b16" not in builds[name]["ptx"]
     assert "global_load_dwordx4" in builds["gfx942"]["amdgcn"]
-    for name in ("90", "planes"):
+    for name in ("90", "nchw"):
         offsets = [line for line in builds[name]["ttir"].splitlines() if "tt.addptr" in line and "ptr<f16>" in line]
         assert len([line for line in offsets if "xi64>" in line]) >= 3

@@ -184,8 +184,8 @@ def test_compiled_code():
             types = {"x_ptr": pointer, "y_ptr": "*fp16"} | dict.fromkeys(
                 ("items", "height", "width", "out_height", "out_width", "top", "left"), "i32"
             )
-            constants = {"SCALE": (1 / unit,) * 3, "SHIFT": (0.0,) * 3, "C": 3, "PLANES": 3, "BLOCK": 4, "ROWS": 2}
-            constants |= {"PIECE": piece, "VEC": 8, "LARGE": False, "ITEMS": 128}
+            constants = {"SCALE": (1 / unit,) * 3, "SHIFT": (0.0,) * 3, "C": 3, "PLANES": 3, "SQUARE": 4, "ROWS": 2}
+            constants |= {"PIECE": piece, "VEC": 8, "LARGE": False, "BLOCK": 128}
             jobs[f"{source} {target}"] = ("space_to_depth", "space_to_depth_kernel", types, constants, target)
     for name, build in compiled(jobs).items():
         assert build["shared"] == 0
