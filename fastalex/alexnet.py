@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastalex import functional
+from fastalex import functional, private
 from fastalex.kernels.geometry import output_size
 from fastalex.nn import (
     ConvReLU2d,
@@ -18,7 +18,6 @@ from fastalex.nn import (
     LRNMaxPool2d,
     MaxPool2d,
     convolution_of,
-    has_hooks,
     is_traced,
 )
 from fastalex.variants import VARIANTS, Conv, Variant, find_variant
@@ -69,7 +68,7 @@ class Features(nn.Sequential):
 
 def _channels_last(input: Tensor) -> Tensor:
     """As it is, where torch.vmap hides a batch in it, of which it knows no memory format."""
-    if input.dim() != 4 or torch._C._are_functorch_transforms_active():
+    if input.dim() != 4 or private.functorch_is_active():
         return input
     return input.contiguous(memory_format=torch.channels_last)
 
@@ -81,7 +80,7 @@ def _is_fusible(stage: list[nn.Module]) -> bool:
     plain = isinstance(pool, LRNMaxPool2d) or (
         pool.padding == 0 and pool.dilation == 1 and not pool.ceil_mode and not pool.return_indices
     )
-    return plain and not any(has_hooks(module) for module in stage)
+    return plain and not any(private.has_hooks(module) for module in stage)
 
 
 class BlockConv2d(nn.Conv2d):

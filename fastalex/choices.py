@@ -8,15 +8,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._guards import detect_fake_mode
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastalex import backend, dynamo
 from fastalex.gpu import dispatch
 from fastalex.gpu.convolution import CONV2D_INPUT_GRAD, CONV2D_RELU, CONV2D_WEIGHT_GRAD, output_format
 from fastalex.gpu.linear import LINEAR_RELU
 from fastalex.ops.geometry import Conv
+from fastalex.private import FakeTensorMode, TorchDispatchMode, detect_fake_mode
 
 
 class _Recorder(TorchDispatchMode):

@@ -8,7 +8,6 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor, fx, nn
-from torch.nn.modules import module as every_module
 
 from fastalex import functional as F
 from fastalex.kernels.geometry import fold_weight
@@ -45,22 +44,6 @@ def convolution_of(conv: nn.Conv2d, input: Tensor) -> tuple[Tensor, tuple[Any, .
 def takes_blocks(conv: nn.Conv2d) -> bool:
     """Whether a convolution can take its input after space-to-depth."""
     return conv.stride[0] == conv.stride[1] > 1 and conv.dilation == (1, 1) and conv.groups == 1
-
-
-def has_hooks(module: nn.Module) -> bool:
-    """Whether somebody looks at the module's tensors, forward or backward: at this one's or at every module's."""
-    return any(
-        (
-            module._forward_hooks,
-            module._forward_pre_hooks,
-            module._backward_hooks,
-            module._backward_pre_hooks,
-            every_module._global_forward_hooks,
-            every_module._global_forward_pre_hooks,
-            every_module._global_backward_hooks,
-            every_module._global_backward_pre_hooks,
-        )
-    )
 
 
 def is_traced(input: Tensor) -> bool:

@@ -127,31 +127,34 @@ def lpips_bwd_kernel(
     x_ptr,  # (images, H, W, C): the maps whose gradient is asked for
     y_ptr,  # (others, H, W, C): image i is compared with image (i + shift) % others
     w_ptr,  # [C], or None for ones
-    g_ptr,  # (rows, g_stride), fp32: image i has row i % g_rows
+    g_ptr,  # the layer's columns of (rows, g_stride), fp32: image i has row i % g_rows
     next_ptr,  # (images, H, W, C), or (images, OH, OW, C) with codes: from the layer above, or None
     codes_ptr,  # (images, OH, OW, C) int8, or None
     dx_ptr,  # as x
     pixels,
-    tiles,
     shift,
     others,
     g_rows,
     g_stride,
-    first,
-    scale,
     W,
     OH,
     OW,
     C: tl.constexpr,
-    K: tl.constexpr,  # of the pooling window, and its stride
-    S: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    TILES: tl.constexpr,
+    WINDOW: tl.constexpr,  # of the pooling: its side and its stride
+    TILE: tl.constexpr,  # BLOCK_R pixels x TILES times BLOCK_C channels
     SPATIAL: tl.constexpr,
     AFTER_RELU: tl.constexpr,
 ):
     """(The gradient of the distance + what comes from above), with AFTER_RELU 0 where x <= 0."""
+    K: tl.constexpr = WINDOW[0]
+    S: tl.constexpr = WINDOW[1]
+    BLOCK_R: tl.constexpr = TILE[0]
+    BLOCK_C: tl.constexpr = TILE[1]
+    TILES: tl.constexpr = TILE[2]
+    if codes_ptr is None:
+        tiles = tl.cdiv(pixels, BLOCK_R)
+    else:
+        tiles = S * S * tl.cdiv(tl.cdiv(pixels // W, S) * tl.cdiv(W, S), BLOCK_R)
     image = tl.program_id(0) // tiles
     tile = tl.program_id(0) - image * tiles
     lane = tl.arange(0, BLOCK_R)[:, None]
@@ -174,11 +177,11 @@ def lpips_bwd_kernel(
     y_image = y_ptr + ((image + shift) % others).to(tl.int64) * pixels * C
     x = load_tiles(x_ptr + base, offset, c, rows, C, BLOCK_C, TILES)
     y = load_tiles(y_image, offset, c, rows, C, BLOCK_C, TILES)
-    g_row = g_ptr + (image % g_rows).to(tl.int64) * g_stride + first
+    g_row = g_ptr + (image % g_rows).to(tl.int64) * g_stride
     if SPATIAL:
-        incoming = tl.load(g_row + r, mask=rows, other=0.0) * (2.0 * scale)
+        incoming = tl.load(g_row + r, mask=rows, other=0.0) * 2.0
     else:
-        incoming = tl.load(g_row) * (2.0 * scale)
+        incoming = tl.load(g_row) * (2.0 / pixels)
     norm = tl.sqrt(row_products(x, x, TILES))
     x_scale = 1.0 / (norm + EPS)
     y_scale = 1.0 / (tl.sqrt(row_products(y, y, TILES)) + EPS)
@@ -357,11 +360,12 @@ def lpips_bwd(
         step = window[1]
         tiles = step**2 * triton.cdiv(triton.cdiv(height, step) * triton.cdiv(width, step), setting["BLOCK_R"])
     lpips_bwd_kernel[(images * tiles,)](
-        channels_last(x), channels_last(y), weight, grad,
+        channels_last(x), channels_last(y), weight, grad[:, first:],
         None if above is None else channels_last(above), None if codes is None else channels_last(codes), dx,
-        height * width, tiles, shift, y.shape[0], grad.shape[0], grad.stride(0), first,
-        1.0 if spatial else 1.0 / (height * width), width, *(codes.shape[2:] if codes is not None else (0, 0)),
-        K=window[0], S=window[1], SPATIAL=spatial, AFTER_RELU=after_relu, **setting,
+        height * width, shift, y.shape[0], grad.shape[0], grad.stride(0),
+        width, *(codes.shape[2:] if codes is not None else (0, 0)),
+        C=channels, WINDOW=tuple(window), TILE=(setting["BLOCK_R"], setting["BLOCK_C"], setting["TILES"]),
+        SPATIAL=spatial, AFTER_RELU=after_relu, num_warps=setting["num_warps"],
     )  # fmt: skip
     return dx
 

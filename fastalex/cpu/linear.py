@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastalex import private
 from fastalex.kernels.geometry import dense
 
 # Of one product of `weight_grad`.
@@ -27,19 +28,6 @@ KEEP_BYTES = 80 * 2**20
 _local = threading.local()
 
 
-def has_onednn_dtype(dtype: torch.dtype) -> bool:
-    """Whether oneDNN computes in this dtype on this processor."""
-    if dtype == torch.float32:
-        return True
-    name = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"}.get(dtype)
-    return name is not None and hasattr(torch.ops.mkldnn, name) and getattr(torch.ops.mkldnn, name)()
-
-
-def has_fused_linear() -> bool:
-    """Whether this build of PyTorch has oneDNN's linear layer."""
-    return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-
-
 @torch.no_grad()
 def linear_relu_fwd(x: Tensor, weight: Tensor, bias: Tensor | None, relu: bool = True) -> Tensor:
     """max(0, x @ weight.T + bias), without the maximum if not `relu`: (N, C), (K, C) -> (N, K), in x's dtype."""
@@ -47,8 +35,8 @@ def linear_relu_fwd(x: Tensor, weight: Tensor, bias: Tensor | None, relu: bool =
     bias = None if bias is None else dense(bias.to(x.dtype))
     if x.shape[0] == 1 and x.dtype == torch.bfloat16 and bias is not None and prefers_addmv():
         y = torch.addmv(bias, weight, x[0])[None]
-    elif x.numel() and has_fused_linear() and has_onednn_dtype(x.dtype):
-        y = torch.ops.mkldnn._linear_pointwise(dense(x), dense(weight), bias, "none", [], "")
+    elif x.numel() and private.has_onednn_linear() and private.onednn_computes_in(x.dtype):
+        y = private.onednn_linear(dense(x), dense(weight), bias)
     else:
         y = F.linear(x, weight, bias)
     return y.relu_() if relu else y
@@ -88,5 +76,4 @@ def prefers_addmv() -> bool:
     There oneDNN reorders the weight first, and addmv took 0.64 to 0.72 of the time (Sapphire Rapids); without AMX
     it took 1.15 times oneDNN's (Zen 4, 9216 to 4096).
     """
-    supported = getattr(torch.cpu, "_is_amx_tile_supported", None)
-    return supported is not None and supported()
+    return private.has_amx()

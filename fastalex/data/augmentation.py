@@ -82,7 +82,7 @@ def augment(
     from fastalex import ops
 
     return ops.augment(
-        images, _moved(indices, images.device), seed, crop, list(preprocessing.mean), list(preprocessing.std), axes,
+        images, _moved(indices, images.device), seed, crop, [*preprocessing.mean, *preprocessing.std, *axes],
         block, [top, bottom, left, right], dtype,
     )  # fmt: skip
 

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastalex import gpu
+from fastalex import gpu, private
 from fastalex.gpu import dispatch
 from fastalex.gpu.dispatch import Candidate, Operation
 
@@ -18,11 +17,11 @@ def linear_bias_relu(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tenso
 
 def linear_epilogue(rows: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """Bias and ReLU in the epilogue of cublasLt's product.  It has no derivative of its own; ours needs none."""
-    return torch._addmm_activation(bias, rows, weight.t())  # type: ignore[attr-defined]
+    return private.addmm_relu(bias, rows, weight.t())
 
 
 def no_epilogue(rows: Tensor, weight: Tensor, bias: Tensor | None) -> str | None:
-    if not rows.is_cuda or not hasattr(torch, "_addmm_activation"):
+    if not rows.is_cuda or not private.has_addmm_relu():
         return "needs a GPU and a PyTorch with _addmm_activation"
     return "needs a bias" if bias is None else None
 

@@ -257,8 +257,7 @@ class LPIPS(nn.Module):
         image = self._images(image, "image")
         if self._needs_modules(image):
             return self.net(self._scaled(image, normalize))
-        shift, scale = self.scaling_layer.shift, self.scaling_layer.scale
-        return call(ops.lpips_features, image, shift, scale, self._trunk(image), self.pnet_type, normalize)
+        return call(ops.lpips_features, image, self._scaling(), self._trunk(image), self.pnet_type, normalize)
 
     def distance(
         self, image: Tensor, features: Sequence[Tensor], retPerLayer: bool = False, normalize: bool = False
@@ -295,9 +294,12 @@ class LPIPS(nn.Module):
         weights = [lin.weight.flatten() for lin in self._lins()]
         needs = [F._needs_grad(image), other is not None and F._needs_grad(other)]
         return call(
-            ops.lpips, image, other, features, self.scaling_layer.shift, self.scaling_layer.scale, parameters, weights,
-            self.pnet_type, normalize, self.spatial, needs,
+            ops.lpips, image, other, features, self._scaling(), parameters, weights,
+            self.pnet_type, [normalize, self.spatial, *needs],
         )[0]  # fmt: skip
+
+    def _scaling(self) -> list[Tensor]:
+        return [self.scaling_layer.shift, self.scaling_layer.scale]
 
     def _lins(self) -> list[NetLinLayer]:
         """The weights of the features; none with lpips=False."""

@@ -18,14 +18,12 @@ def augment(
     indices: Tensor,
     seed: Tensor,
     size: int,
-    mean: list[float],
-    std: list[float],
-    axes: list[float],
+    colours: list[float],
     block: int,
     padding: list[int],
     dtype: torch.dtype,
 ) -> Tensor:
-    """As fastalex.kernels.augment.augment.  axes: nine numbers; padding: (top, bottom, left, right)."""
+    """As fastalex.kernels.augment.augment.  colours: mean, std, three axes; padding: (top, bottom, left, right)."""
     with device_of(images):
         # PyTorch's operations run on whatever device where the kernel cannot
         triton = not backend.takes_reference(NAME, images) and backend.takes_triton(NAME, images)
@@ -34,9 +32,8 @@ def augment(
             indices,
             seed,
             size,
-            mean,
-            std,
-            [axes[0:3], axes[3:6], axes[6:9]],
+            *(colours[0:3], colours[3:6]),
+            [colours[6:9], colours[9:12], colours[12:15]],
             block=block,
             padding=((padding[0], padding[1]), (padding[2], padding[3])),
             dtype=dtype,
@@ -49,9 +46,7 @@ def _(
     indices: Tensor,
     seed: Tensor,
     size: int,
-    mean: list[float],
-    std: list[float],
-    axes: list[float],
+    colours: list[float],
     block: int,
     padding: list[int],
     dtype: torch.dtype,

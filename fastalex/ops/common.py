@@ -15,10 +15,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 from torch.nn import Parameter
-from torch.utils._pytree import tree_map
 
+from fastalex import private
 from fastalex.kernels.geometry import dense, memory_format
 
 
@@ -69,8 +68,8 @@ def _one_by_one(op: Any, info: Any, in_dims: tuple[Any, ...], *args: Any) -> tup
     results = [
         op(*(example(arg, dim, i) for arg, dim in zip(args, in_dims, strict=True))) for i in range(info.batch_size)
     ]
-    stacked = tree_map(lambda *parts: torch.stack(parts), *results)
-    return stacked, tree_map(lambda _: 0, stacked)
+    stacked = private.tree_map(lambda *parts: torch.stack(parts), *results)
+    return stacked, private.tree_map(lambda _: 0, stacked)
 
 
 def differentiable(op: Any, setup_context: Callable[..., None], backward: Callable[..., Any]) -> None:
@@ -122,12 +121,12 @@ def call(op: Any, *args: Any) -> Any:
     """
     if torch.compiler.is_compiling():
         return op(*args)
-    if forward_ad._current_level >= 0:
+    if private.forward_mode_is_active():
         raise RuntimeError(
             f"fastalex.{op.plain.__name__} has no forward-mode derivative; for jvp run it under "
             'fastalex.backend.use("reference")'
         )
-    if torch._C._are_functorch_transforms_active():
+    if private.functorch_is_active():
         return op.transformed(*args)
     if is_watched(args):
         return op(*args)
@@ -138,7 +137,7 @@ def call(op: Any, *args: Any) -> Any:
 
 def is_watched(args: tuple[Any, ...]) -> bool:
     """Whether a mode, a tracer or a tensor subclass must see the operator as one call."""
-    if torch._C._len_torch_dispatch_stack() > 0 or torch.jit.is_tracing():
+    if private.a_mode_is_active() or torch.jit.is_tracing():
         return True
     for arg in args:
         if isinstance(arg, Tensor) and (

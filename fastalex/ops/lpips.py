@@ -10,12 +10,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from itertools import islice
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from fastalex import backend, gpu
+from fastalex import backend, gpu, private
 from fastalex.cpu import conv_relu as cpu_conv
 from fastalex.cpu import lpips as cpu_lpips
 from fastalex.cpu import max_pool
@@ -141,19 +141,32 @@ def selected(needs: Sequence[bool], images: int, others: int) -> slice:
     return slice(0 if needs[0] else images, images + others if needs[1] else images)
 
 
+class Options(NamedTuple):
+    """What a schema carries as a list of bools."""
+
+    normalize: bool
+    spatial: bool
+    first: bool  # whether the first image's gradient is needed
+    second: bool
+
+    @property
+    def needs(self) -> tuple[bool, bool]:
+        return self.first, self.second
+
+
 def distances(
     image: Tensor,
     other: Tensor | None,
     features: Sequence[Tensor],
-    shift: Tensor | None,
-    scale: Tensor | None,
+    scaling: Sequence[Tensor],
     parameters: Sequence[Tensor],
     weights: Sequence[Tensor],
     net: str,
-    normalize: bool,
-    spatial: bool,
-    needs: Sequence[bool],
+    options: Options,
 ) -> tuple[Tensor, list[Tensor]]:
+    shift, scale = scaling
+    normalize, spatial, *_ = options
+    needs = options.needs
     triton = backend.takes_triton(NAME, image)
     kernels = kernels_for(triton)
     images = image.shape[0]
@@ -180,26 +193,21 @@ def lpips(
     image: Tensor,
     other: Tensor | None,
     features: list[Tensor],
-    shift: Tensor,
-    scale: Tensor,
+    scaling: list[Tensor],
     parameters: list[Tensor],
     weights: list[Tensor],
     net: str,
-    normalize: bool,
-    spatial: bool,
-    needs: list[bool],
+    options: list[bool],
 ) -> tuple[Tensor, list[Tensor]]:
     """Images (N, 3, H, W) and (N or 1, 3, H, W), or instead of the second its features -> the distances and what a
-    backward pass needs, nothing unless `needs` asks for the gradient of one of the images.
+    backward pass needs, nothing unless `options` ask for the gradient of one of the images.
 
-    parameters: the trunk's; their dtype is that of the computation.  weights: of the channels of each feature, or none
-    at all for ones.  The distances are (N, features), or with `spatial` (N, P): the maps of all features, one behind
-    the other; float32, float64 for float64.
+    scaling: shift and scale of the three channels.  options: see `Options`.  parameters: the trunk's; their dtype is
+    that of the computation.  weights: of the channels of each feature, or none at all for ones.  The distances are (N,
+    features), or with `spatial` (N, P): the maps of all features, one behind the other; float32, float64 for float64.
     """
     with device_of(image):
-        return distances(
-            image, other, features, shift, scale, parameters, weights, net, normalize, spatial, needs
-        )  # fmt: skip
+        return distances(image, other, features, scaling, parameters, weights, net, Options(*options))
 
 
 @lpips.register_fake
@@ -207,16 +215,14 @@ def _(
     image: Tensor,
     other: Tensor | None,
     features: list[Tensor],
-    shift: Tensor,
-    scale: Tensor,
+    scaling: list[Tensor],
     parameters: list[Tensor],
     weights: list[Tensor],
     net: str,
-    normalize: bool,
-    spatial: bool,
-    needs: list[bool],
+    options: list[bool],
 ) -> tuple[Tensor, list[Tensor]]:
     images, size, dtype = image.shape[0], image.shape[2:], parameters[0].dtype
+    _, spatial, *needs = options
     others = 0 if other is None else other.shape[0]
     columns = sum(h * w for h, w in TRUNKS[net].feature_sizes(size)) if spatial else len(TRUNKS[net].channels)
     out = image.new_empty((images, columns), dtype=distance_dtype(dtype))
@@ -229,20 +235,21 @@ def _(
 @operator("fastalex::lpips_backward")
 def lpips_backward(
     grad: Tensor,
-    kept: list[Tensor],
-    features: list[Tensor],
-    scale: Tensor,
-    parameters: list[Tensor],
-    weights: list[Tensor],
+    saved: list[Tensor],
+    lengths: list[int],
     net: str,
-    normalize: bool,
-    spatial: bool,
-    needs: list[bool],
+    options: list[bool],
     size: list[int],
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
-    """The gradients of (image, other), contiguous, empty where `needs` says no.  size, dtype: of the images."""
+    """The gradients of (image, other), contiguous, empty where `options` say no.
+
+    saved: so many tensors (`lengths`) of what `lpips` kept, features, scaling, parameters and weights.  size, dtype: of
+    the images.
+    """
     with device_of(grad):
+        kept, features, (_, scale), parameters, weights = parts(saved, lengths)
+        normalize, spatial, *needs = options
         trunk = TRUNKS[net]
         found = Kept.of(kept, net)
         images = grad.shape[0]
@@ -308,20 +315,15 @@ def lpips_backward(
 @lpips_backward.register_fake
 def _(
     grad: Tensor,
-    kept: list[Tensor],
-    features: list[Tensor],
-    scale: Tensor,
-    parameters: list[Tensor],
-    weights: list[Tensor],
+    saved: list[Tensor],
+    lengths: list[int],
     net: str,
-    normalize: bool,
-    spatial: bool,
-    needs: list[bool],
+    options: list[bool],
     size: list[int],
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
-    images = grad.shape[0]
-    shapes = (images, kept[0].shape[0] - images)
+    images, (_, _, *needs) = grad.shape[0], options
+    shapes = (images, saved[0].shape[0] - images)
     first, second = (
         grad.new_empty((count, 3, *size), dtype=dtype) if need else grad.new_empty(0)
         for need, count in zip(needs, shapes, strict=True)
@@ -329,25 +331,29 @@ def _(
     return first, second
 
 
+def parts(tensors: Sequence[Tensor], lengths: Sequence[int]) -> list[list[Tensor]]:
+    """The list in pieces of these lengths."""
+    left = iter(tensors)
+    return [list(islice(left, length)) for length in lengths]
+
+
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, list[Tensor]]) -> None:
-    image, _, features, _, scale, parameters, weights, *options = inputs
+    image, _, features, scaling, parameters, weights, net, options = inputs
     _, kept = output
-    ctx.options = [*options, list(image.shape[2:]), image.dtype]
-    ctx.lengths = [len(kept), len(features), 1, len(parameters), len(weights)]
-    ctx.save_for_backward(*kept, *features, scale, *parameters, *weights)
+    ctx.rest = net, options, list(image.shape[2:]), image.dtype
+    ctx.lengths = [len(kept), len(features), 2, len(parameters), len(weights)]
+    ctx.save_for_backward(*kept, *features, *scaling, *parameters, *weights)
     ctx.mark_non_differentiable(*kept)
 
 
 def _backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Any, ...]:
-    saved = iter(ctx.saved_tensors)
-    kept, features, (scale,), parameters, weights = (list(islice(saved, length)) for length in ctx.lengths)
-    if torch.is_grad_enabled() and not (grad.requires_grad or torch._C._are_functorch_transforms_active()):
+    if torch.is_grad_enabled() and not (grad.requires_grad or private.functorch_is_active()):
         # a graph of this pass is wanted, and what is kept does not say that it depends on the images
         grad = grad.detach().requires_grad_()
-    grads = call(lpips_backward, grad, kept, features, scale, parameters, weights, *ctx.options)
-    image, other = (g if need else None for g, need in zip(grads, ctx.options[3], strict=True))
+    grads = call(lpips_backward, grad, list(ctx.saved_tensors), ctx.lengths, *ctx.rest)
+    image, other = (g if need else None for g, need in zip(grads, ctx.rest[1][2:], strict=True))
     nothing: list[list[None]] = [[None] * length for length in ctx.lengths]
-    return image, other, nothing[1], None, None, nothing[3], nothing[4], None, None, None, None
+    return image, other, *nothing[1:], None, None
 
 
 differentiable(lpips, _setup_context, _backward)
@@ -357,16 +363,16 @@ refuse_double_backward(lpips_backward, NAME)
 # ---------------------------------------------------------------------------------------------------- features alone
 @operator("fastalex::lpips_features")
 def lpips_features(
-    image: Tensor, shift: Tensor, scale: Tensor, parameters: list[Tensor], net: str, normalize: bool
+    image: Tensor, scaling: list[Tensor], parameters: list[Tensor], net: str, normalize: bool
 ) -> list[Tensor]:
     """Images (N, 3, H, W) -> the features that `lpips` compares, channels_last.  No gradient."""
     with device_of(image):
         x = images_last(image.shape, parameters[0])
         triton = backend.takes_triton(NAME, image)
-        kernels_for(triton).lpips_images(image, shift, scale, normalize, x)
+        kernels_for(triton).lpips_images(image, *scaling, normalize, x)
         return list(features_of(x, parameters, net, None, slice(0), triton=triton))
 
 
 @lpips_features.register_fake
-def _(image: Tensor, shift: Tensor, scale: Tensor, parameters: list[Tensor], net: str, normalize: bool) -> list[Tensor]:
+def _(image: Tensor, scaling: list[Tensor], parameters: list[Tensor], net: str, normalize: bool) -> list[Tensor]:
     return fake_kept(image.shape[0], 0, image.shape[2:], net, image, parameters[0].dtype).features

@@ -4,7 +4,7 @@ import pytest
 import torch
 from tolerances import assert_matches
 
-from fastalex import reference
+from fastalex import private, reference
 from fastalex.cpu import linear
 from fastalex.cpu.conv_relu import conv_input_grad, conv_relu_fwd
 from fastalex.cpu.linear import linear_relu_fwd
@@ -56,7 +56,7 @@ def test_empty_batch():
 def test_linear(dtype, rows, with_bias, relu, path, monkeypatch):
     monkeypatch.setattr(linear, "prefers_addmv", lambda: path == "addmv")
     if path == "plain":
-        monkeypatch.setattr(linear, "has_fused_linear", lambda: False)
+        monkeypatch.setattr(private, "has_onednn_linear", lambda: False)
     x, weight = torch.randn(rows, 20).to(dtype), torch.randn(9, 20).to(dtype)
     bias = torch.randn(9).to(dtype) if with_bias else None
     sums = x.double() @ weight.double().t()

@@ -84,7 +84,7 @@ def test_jitter(images):
 
 
 def test_operator(images):
-    arguments = (images, INDICES, SEED, 28, [0.5] * 3, [0.2] * 3, [0.01] * 9)
+    arguments = (images, INDICES, SEED, 28, [0.5] * 3 + [0.2] * 3 + [0.01] * 9)
     for block, padding in ((1, [0] * 4), (4, [2, 2, 2, 2])):
         torch.library.opcheck(ops.augment, (*arguments, block, padding, torch.float16))
 

@@ -118,19 +118,19 @@ def arguments(net, dtype=torch.float32, size=(35, 33), needs=(True, False), spat
     trunk = TRUNKS[net]
     parameters = [torch.randn(shape, dtype=dtype) * (2 / math.prod(shape[1:])) ** 0.5 for shape in trunk.shapes()]
     weights = [torch.rand(c, dtype=dtype) for c in trunk.channels]
-    shift, scale = (torch.rand(1, 3, 1, 1, dtype=dtype) + 0.5 for _ in range(2))
+    scaling = [torch.rand(1, 3, 1, 1, dtype=dtype) + 0.5 for _ in range(2)]
     image, other = torch.rand(images, 3, *size, dtype=dtype), torch.rand(others, 3, *size, dtype=dtype)
     image.requires_grad_(needs[0])
     other.requires_grad_(needs[1])
-    return [image, other, [], shift, scale, parameters, weights, net, True, spatial, list(needs)]
+    return [image, other, [], scaling, parameters, weights, net, [True, spatial, *needs]]
 
 
 @pytest.mark.parametrize("net", ["alex", *(pytest.param(net, marks=pytest.mark.slow) for net in ("vgg", "squeeze"))])
 def test_opcheck_of_the_whole(net):
     for needs in ((True, False), (True, True), (False, False)):
         torch.library.opcheck(ops.lpips, arguments(net, needs=needs, spatial=needs[1]))
-    image, _, _, shift, scale, parameters, *_ = arguments(net, needs=(False, False))
-    torch.library.opcheck(ops.lpips_features, (image, shift, scale, parameters, net, False))
+    image, _, _, scaling, parameters, *_ = arguments(net, needs=(False, False))
+    torch.library.opcheck(ops.lpips_features, (image, scaling, parameters, net, False))
 
 
 @pytest.mark.parametrize("spatial", [False, True])
