@@ -64,7 +64,8 @@ def _with_strides(x: Tensor) -> Tensor:
 
 
 def _channels_are_innermost(x: Tensor) -> bool:
-    if x.dim() < 3 or x.shape[1] <= 1:
+    # where everything behind the channels has one element both layouts are one, which counts as contiguous
+    if x.dim() < 3 or x.shape[1] <= 1 or x.shape[2:].numel() == 1:
         return False
     # an expanded dimension (stride 0) says nothing about the layout
     strides = [stride for size, stride in zip(x.shape, x.stride(), strict=True) if size > 1 and stride > 0]

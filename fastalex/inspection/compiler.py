@@ -83,7 +83,8 @@ def trips(launch):
     }
     if launch.name == "lpips_bwd_kernel":
         # the windows that cover a pixel, on average
-        return (launch.argument("K") / launch.argument("S")) ** 2
+        side, stride = launch.argument("WINDOW")
+        return (side / stride) ** 2
     return launch.argument(counters[launch.name]) if launch.name in counters else None
 
 

@@ -240,7 +240,7 @@ def test_what_a_gpu_runs_without_long(tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     tests = [line for line in done.stdout.splitlines() if "::" in line]
     compiled = [test for test in tests if "compile" in test]
-    assert 100 <= len(tests) <= 115
+    assert 100 <= len(tests) <= 125
     assert len(compiled) <= 8
     assert sum("max-autotune" in test for test in compiled) == 1
     assert tests[-1] in compiled

@@ -54,13 +54,13 @@ def attempt(function, *args, **kwargs):
         return error
 
 
-def compare(ours, theirs, inputs, grad_values, dtype, *, exact=True, floor=0.0):
+def compare(ours, theirs, inputs, grad_values, dtype, *, exact=True, floor=0.0, packed=dense):
     """Forward and gradients of `ours` on `inputs` against `theirs` on packed copies; a refusal for a refusal.
 
     The copies keep their layout: where an infinity meets padding, torch's algorithm decides about NaN.
     """
     mine = [t if t is None else t.detach().requires_grad_() for t in inputs]
-    copies = [t if t is None else dense(t.detach()).clone() for t in inputs]
+    copies = [t if t is None else packed(t.detach()).clone() for t in inputs]
     copies = [t if t is None else t.requires_grad_() for t in copies]
     expected = attempt(theirs, *copies)
     got = attempt(ours, *mine)
@@ -127,9 +127,14 @@ def test_conv2d_relu(mode, data):
 
     def check():
         with backend.use(mode), without_blocks(inputs):
-            compare(lambda x, w, b: F.conv2d_relu(x, w, b, **geometry), theirs, inputs, grad, dtype)
+            compare(lambda x, w, b: F.conv2d_relu(x, w, b, **geometry), theirs, inputs, grad, dtype, packed=as_batch)
 
     forked(check)
+
+
+def as_batch(t):
+    """Packed; a picture without a batch as a batch of one is."""
+    return dense(t[None])[0] if t.dim() == 3 else dense(t)
 
 
 @contextlib.contextmanager
