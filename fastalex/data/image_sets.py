@@ -43,22 +43,6 @@ def epoch_generator(seed: int, epoch: int) -> torch.Generator:
     return torch.Generator().manual_seed(1_000_003 * seed + epoch)
 
 
-def shard(order: Tensor, batch_size: int, rank: int, world: int) -> Tensor:
-    """What process `rank` of `world` takes of an order: its batches of `batch_size`, the last one shorter.
-
-    Batch i of all processes together is batch i of one process with `world` times the batch size: an epoch does not
-    depend on the number of processes, which may change between two epochs or in the middle of one.  Every process
-    gets the same number of pictures; the last `len(order) % world` get no turn in this epoch.
-    Raises ValueError for a rank that is not in [0, world).
-    """
-    if not 0 <= rank < world:
-        raise ValueError(f"rank must lie in [0, {world}), got {rank}")
-    whole = len(order) // (batch_size * world) * batch_size * world
-    rest = order[whole:]
-    rest = rest[: len(rest) // world * world]
-    return torch.cat([order[:whole].view(-1, world, batch_size)[:, rank].flatten(), rest.view(world, -1)[rank]])
-
-
 class FashionMNIST:
     """The sample of Fashion-MNIST that ships with fastalex, enlarged from 28x28 to what `preprocessing` says.
 

@@ -11,7 +11,6 @@ pytest.importorskip("PIL")
 
 from fastalex import cli
 from fastalex.data import packed as module
-from fastalex.data.image_sets import shard
 from fastalex.data.pack import Chunk, pack, pack_chunk
 from fastalex.data.packed import PackedSet, is_packed, verify
 from fastalex.data.preprocessing import Preprocessing
@@ -110,24 +109,6 @@ def test_orders_of_any_length(count, monkeypatch):
     monkeypatch.setattr(PackedSet, "__init__", lambda self: None)
     monkeypatch.setattr(PackedSet, "count", lambda self, split: count)
     assert PackedSet().order("train", 0, 1).sort().values.tolist() == list(range(count))
-
-
-@pytest.mark.parametrize("world", [1, 2, 3])
-@pytest.mark.parametrize("count", [0, 5, 24, 31])
-def test_shards_make_the_batches_of_one_process(world, count):
-    order = torch.randperm(count)
-    size = 4
-    parts = [shard(order, size, rank, world).split(size) for rank in range(world)]
-    assert len({len(part) for part in parts}) == 1
-    together = [torch.cat(batches) for batches in zip(*parts, strict=True)]
-    for found, wanted in zip(together, order.split(size * world), strict=False):
-        assert found.sort().values.tolist() == wanted[: len(found)].sort().values.tolist()
-    assert sum(map(len, together)) == count // world * world
-
-
-def test_a_rank_outside_of_its_world():
-    with pytest.raises(ValueError, match=r"rank must lie in \[0, 2\), got 2"):
-        shard(torch.arange(4), 1, 2, 2)
 
 
 @pytest.mark.skipif(not hasattr(module.mmap, "MADV_WILLNEED"), reason="no madvise here")
