@@ -9,24 +9,21 @@ so that the operators' own backward serves; or another backend compiles it furth
 from __future__ import annotations
 
 import copy
-import importlib.util
 import inspect
 import logging
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from importlib.abc import MetaPathFinder
-from importlib.machinery import ModuleSpec
 from importlib.metadata import EntryPoint
 from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
-from torch._subclasses.fake_tensor import FakeTensor
 
 from fastalex import backend, functional
 from fastalex.kernels.geometry import MAX_CELLS
+from fastalex.late import after_import
+from fastalex.private import FakeTensor, is_written
 from fastalex.reference import pair
 
 __all__ = ["Report", "compile_graph", "explain", "fuse", "inputs_of", "is_compiled", "register", "rewritten"]
@@ -219,7 +216,7 @@ class _Rewriting:
         if self.position[other] < self.position[first]:
             return True
         source = other.args[0] if other.op == "call_method" and other.target == "item" else None
-        if not isinstance(source, fx.Node) or source.op != "placeholder" or _value(source)._version > 0:
+        if not isinstance(source, fx.Node) or source.op != "placeholder" or is_written(_value(source)):
             return False
         first.prepend(other)
         self.position[other] = self.position[first]
@@ -330,7 +327,7 @@ def _is_4d(node: fx.Node) -> bool:
 
 def _is_kept(dropout: fx.Node) -> bool:
     """Whether nobody writes into what a dropout returns: our operator, unlike PyTorch's, needs it for its backward."""
-    return not _arguments(dropout)["training"] or _value(dropout)._version == 0
+    return not _arguments(dropout)["training"] or not is_written(_value(dropout))
 
 
 def _is_plain(pool: fx.Node) -> bool:
@@ -370,41 +367,15 @@ def _label(node: fx.Node) -> str:
     return f"{path} ({cls.__name__})" if is_layer else f"{name} in {path} ({cls.__name__})"
 
 
-REGISTRY = "torch._dynamo.backends.registry"
-
-
 def register() -> None:
     """Tells Dynamo the backend's name, as the entry point of an installed package does.
 
     Dynamo takes a second to import: where nobody has imported it yet, it is told as soon as somebody does.
     """
-    if REGISTRY in sys.modules:
-        _enter(sys.modules[REGISTRY])
-    else:
-        sys.meta_path.insert(0, _Registration())
+    after_import("torch._dynamo.backends.registry", _enter)
 
 
 def _enter(registry: Any) -> None:
     """As Dynamo's own discovery of entry points does."""
     entry = EntryPoint("fastalex", f"{__name__}:{compile_graph.__name__}", "torch_dynamo_backends")
     registry._BACKENDS.setdefault(entry.name, entry)
-
-
-class _Registration(MetaPathFinder):
-    """Sees Dynamo's registry being imported, once."""
-
-    def find_spec(self, fullname: str, path: Any, target: Any = None) -> ModuleSpec | None:
-        if fullname != REGISTRY:
-            return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(fullname)
-        assert spec is not None
-        loader: Any = spec.loader
-        execute = loader.exec_module
-
-        def execute_and_enter(module: Any) -> None:
-            execute(module)
-            _enter(module)
-
-        loader.exec_module = execute_and_enter
-        return spec

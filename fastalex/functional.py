@@ -271,12 +271,19 @@ def _needs_grad(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
+def autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """The dtype of convolutions where autocast is on for the tensor's device, None where it is not."""
+    device = x.device.type
+    if device == "meta" or not torch.is_autocast_enabled(device):
+        return None
+    return torch.get_autocast_dtype(device)
+
+
 def _autocast(input: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
     """The arguments in the autocast dtype, where autocast is on for their device."""
-    device = input.device.type
-    if input.dtype == torch.float64 or device == "meta" or not torch.is_autocast_enabled(device):
+    dtype = autocast_dtype(input)
+    if dtype is None or input.dtype == torch.float64:
         return input, weight, bias
-    dtype = torch.get_autocast_dtype(device)
     return input.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
 
 

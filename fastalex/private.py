@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 from torch._guards import detect_fake_mode as detect_fake_mode
+from torch._subclasses.fake_tensor import FakeTensor as FakeTensor
 from torch._subclasses.fake_tensor import FakeTensorMode as FakeTensorMode
 from torch.autograd import forward_ad
 from torch.nn.modules import module as every_module
@@ -29,6 +30,11 @@ def a_mode_is_active() -> bool:
 def forward_mode_is_active() -> bool:
     """Whether forward-mode derivatives are being taken."""
     return forward_ad._current_level >= 0
+
+
+def is_written(tensor: Tensor) -> bool:
+    """Whether somebody has written into the tensor since it was made."""
+    return tensor._version > 0
 
 
 def has_hooks(module: nn.Module) -> bool:

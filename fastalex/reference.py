@@ -80,6 +80,11 @@ def _onnx_response_norm(input: Tensor, size: int, alpha: float, beta: float, k: 
     return output.reshape(input.shape)
 
 
+def sum_dtype(dtype: torch.dtype) -> torch.dtype:
+    """In which the operators add up tensors of this dtype: float64 for float64, float32 for everything else."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
 def unit_vectors(x: Tensor) -> Tensor:
     """x over the norm of its channels plus 1e-10; zero, and without a gradient, where all of them are zero."""
     norm = torch.linalg.vector_norm(x, dim=1, keepdim=True)

@@ -84,16 +84,21 @@ def load_weights(weights: Any, *, progress: bool = True) -> tuple[dict[str, Tens
     if path.suffix == ".safetensors":
         state, variant = _load_safetensors(path)
         return plain_state(state, path), variant
+    content = read_pickle(path)
+    variant = content.get("variant") if isinstance(content, Mapping) else None
+    return plain_state(content, path), variant if isinstance(variant, str) else None
+
+
+def read_pickle(path: Path) -> Any:
+    """What torch.save wrote, on the CPU.  Raises ValueError, naming the file, for what weights_only=True refuses."""
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # whatever PyTorch trips over in foreign bytes
         # PyTorch's advice, to trust the file, comes first
         reason = " ".join(str(error).rpartition("WeightsUnpickler error:")[2].split()) or type(error).__name__
         raise ValueError(
             f"{path} holds no weights that PyTorch reads with weights_only=True: {reason[:300]}"
         ) from error
-    variant = content.get("variant") if isinstance(content, Mapping) else None
-    return plain_state(content, path), variant if isinstance(variant, str) else None
 
 
 # where programs put the weights in what they save, in the order of preference

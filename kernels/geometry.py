@@ -72,11 +72,14 @@ def _channels_are_innermost(x: Tensor) -> bool:
     return x.stride(1) == min(strides, default=0)
 
 
+def channels_last(x: Tensor) -> Tensor:
+    """x packed with the channels innermost, also where sizes of 1 let PyTorch think so of any memory."""
+    return x if x.movedim(1, -1).is_contiguous() else x.movedim(1, -1).contiguous().movedim(-1, 1)
+
+
 def in_layout_of(x: Tensor, t: Tensor) -> Tensor:
     """t in the layout of the dense tensor x: t itself, or a copy."""
-    if is_channels_last(x):
-        return t.movedim(1, -1).contiguous().movedim(-1, 1)
-    return t.contiguous()
+    return channels_last(t) if is_channels_last(x) else t.contiguous()
 
 
 # --------------------------------------------------------------------------------------------------------- windows

@@ -18,7 +18,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .geometry import is_channels_last
+from .geometry import channels_last, is_channels_last
 from .max_pool import cell_code
 from .partial_sums import sum_partials
 from .registers import DTYPES, warps
@@ -265,11 +265,6 @@ def lpips_images_kernel(
 
 
 # ------------------------------------------------------------------------------------------------------- launchers
-def channels_last(x):
-    """x packed with the channels innermost, also where sizes of 1 let PyTorch think so of any memory."""
-    return x if x.movedim(1, -1).is_contiguous() else x.movedim(1, -1).contiguous().movedim(-1, 1)
-
-
 def check_maps(a, b):
     for name, x in (("a", a), ("b", b)):
         if x.dim() != 4:

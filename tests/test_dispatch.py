@@ -554,6 +554,23 @@ def test_a_sweep_times_configurations_that_a_table_can_name(operation):
         )
 
 
+@pytest.mark.parametrize("operation", ["conv2d_relu", "conv2d_weight_grad"])
+def test_candidates_behind_space_to_depth_have_configurations(operation):
+    pytest.importorskip("triton")
+    x = torch.randn(2, 4, 7, 7).contiguous(memory_format=torch.channels_last)
+    weight = torch.randn(16, 4, 3, 3).contiguous(memory_format=torch.channels_last)
+    geometry = (2, 2), (1, 1), (1, 1), 1
+    grad = torch.randn(2, 16, 4, 4).contiguous(memory_format=torch.channels_last)
+    args = (x, weight, None, *geometry) if operation == "conv2d_relu" else (grad, x, weight, *geometry)
+    found = dispatch.find(operation)
+    base = found.named("space_to_depth_spatial" if operation == "conv2d_relu" else "space_to_depth_triton")
+    with backend.use("triton"):
+        assert base.unsupported(*args) is None
+        configured = found.named(f"{base.name} {base.configurations(*args)[0]}")
+        expected = found.candidates["library"].run(*args)
+        torch.testing.assert_close(configured.run(*args), expected, rtol=2**-8, atol=2**-5)  # tf32's
+
+
 def test_configurations_are_read_as_they_are_written():
     config = pytest.importorskip("fastalex.kernels.convolution.config")
     for written in (

@@ -15,7 +15,7 @@ LAYERS = (
     # one question each
     (
         *("fastalex.backend", "fastalex.devices", "fastalex.distributed", "fastalex.fields", "fastalex.files"),
-        *("fastalex.private", "fastalex.reference", "fastalex.timing", "fastalex.tolerances"),
+        *("fastalex.late", "fastalex.private", "fastalex.reference", "fastalex.timing", "fastalex.tolerances"),
     ),
     ("fastalex.cpu", "fastalex.gpu"),
     ("fastalex.ops",),

@@ -53,6 +53,13 @@ def test_hooks(register):
     assert not private.has_hooks(module)
 
 
+def test_written_tensors():
+    x = torch.zeros(3)
+    assert not private.is_written(x)
+    x.add_(1)
+    assert private.is_written(x)
+
+
 def test_onednn():
     x, weight, bias = torch.randn(3, 5), torch.randn(4, 5), torch.randn(4)
     assert private.onednn_computes_in(torch.float32)
@@ -74,5 +81,6 @@ def test_addmm_relu():
 def test_fake_tensors():
     with private.FakeTensorMode() as mode:
         fake = torch.empty(3)
+    assert type(fake) is private.FakeTensor
     assert private.detect_fake_mode([fake]) is mode
     assert private.tree_map(lambda n: n + 1, [1, (2, {"a": 3})]) == [2, (3, {"a": 4})]

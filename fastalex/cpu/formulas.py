@@ -17,7 +17,7 @@ Window = tuple[Pair, Pair, Pair, Pair]  # kernel size, stride, padding, dilation
 
 
 def wide(x: Tensor) -> Tensor:
-    return x if x.dtype == torch.float64 else x.float()
+    return x.to(reference.sum_dtype(x.dtype))
 
 
 def lrn(x: Tensor, size: int, alpha: float, beta: float, k: float, groups: int) -> Tensor:

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from fastalex import cpu
 from fastalex.cpu.max_pool import code_table, max_pool_bwd
-from fastalex.kernels.geometry import Pair
-from fastalex.reference import feature_distance
+from fastalex.kernels.geometry import Pair, channels_last
+from fastalex.reference import feature_distance, sum_dtype
 
 
 @torch.no_grad()
@@ -22,13 +22,13 @@ def lpips_fwd(
     pairs: Iterable[tuple[Tensor, Tensor, Tensor | None]], shapes: Sequence[Sequence[int]], spatial: bool = False
 ) -> Tensor:
     """(N, layers), or with `spatial` (N, pixels of all layers); float32, float64 for float64."""
-    maps = [_map(_last(a), _last(b), weight) for a, b, weight in pairs]
+    maps = [_map(channels_last(a), channels_last(b), weight) for a, b, weight in pairs]
     return torch.cat(maps, 1) if spatial else torch.stack([m.mean(1) for m in maps], 1)
 
 
 def _map(a: Tensor, b: Tensor, weight: Tensor | None) -> Tensor:
     """(N, pixels)"""
-    wide = _compute_dtype(a)
+    wide = sum_dtype(a.dtype)
     loops = cpu.compiled_loops()
     if loops is None or a.numel() == 0:
         weight = None if weight is None else weight.to(wide)
@@ -62,14 +62,14 @@ def lpips_bwd(
         return dx
     columns = height * width if spatial else 1
     factor = 2.0 if spatial else 2.0 / (height * width)
-    incoming = (grad[:, first : first + columns] * factor).to(_compute_dtype(x))
+    incoming = (grad[:, first : first + columns] * factor).to(sum_dtype(x.dtype))
     pool = (window[0],) * 2, (window[1],) * 2, (0, 0), (1, 1)
     loops = cpu.compiled_loops()
     if loops is not None:
-        x, y = (_looped(_last(t)) for t in (x, y))
+        x, y = (_looped(channels_last(t)) for t in (x, y))
         out = torch.empty_like(x) if dx.dtype == torch.float16 else dx
-        above = x.new_empty(0) if above is None else _looped(_last(above))
-        codes = above.new_empty(0, dtype=torch.int8) if codes is None else _last(codes)
+        above = x.new_empty(0) if above is None else _looped(channels_last(above))
+        codes = above.new_empty(0, dtype=torch.int8) if codes is None else channels_last(codes)
         found = 0 if above.numel() == 0 else 1 if codes.numel() == 0 else 2
         _loop(loops, incoming, x, y, weight, above, codes, out, shift, found, pool, after_relu)
         return out if out is dx else dx.copy_(out)
@@ -122,22 +122,14 @@ def _formula(incoming: Tensor, x: Tensor, y: Tensor, weight: Tensor | None) -> T
     return torch.where(norm == 0, 0, total)
 
 
-def _last(x: Tensor) -> Tensor:
-    return x if x.movedim(1, -1).is_contiguous() else x.movedim(1, -1).contiguous().movedim(-1, 1)
-
-
 def _looped(x: Tensor) -> Tensor:
     """As the loops take it: float16 in float32."""
     return x.float() if x.dtype == torch.float16 else x
 
 
 def _weight(weight: Tensor | None, x: Tensor) -> Tensor:
-    wide = _compute_dtype(x)
+    wide = sum_dtype(x.dtype)
     return torch.ones(x.shape[1], dtype=wide) if weight is None else weight.detach().to(wide).contiguous()
-
-
-def _compute_dtype(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 @torch.no_grad()

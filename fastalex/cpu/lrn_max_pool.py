@@ -15,6 +15,7 @@ from fastalex import cpu
 from fastalex.cpu.lrn import lrn_bwd, lrn_fwd, norm_of, numbers_of
 from fastalex.cpu.max_pool import code_table, max_pool_bwd, max_pool_fwd, plane_of
 from fastalex.kernels.geometry import Pair, dense, in_layout_of, is_channels_last, no_cell, output_size
+from fastalex.reference import sum_dtype
 
 KERNEL_SIZE = (3, 3)
 STRIDE = (2, 2)
@@ -92,7 +93,7 @@ def lrn_max_pool_bwd(
     """
     x = _checked(x, size, groups)
     dx = torch.empty_like(x)
-    compute = torch.float64 if x.dtype == torch.float64 else torch.float32
+    compute = sum_dtype(x.dtype)
     loops = cpu.compiled_loops()
     if loops is None or x.dtype not in FUSED:
         between = max_pool_bwd(grad.to(compute), codes, plane_of(x), *WINDOW)

@@ -200,14 +200,13 @@ def forward_blocks(
     return behind.run(blocks, fold_weight(weight, stride[0]), bias, (1, 1), (0, 0), (1, 1), 1)
 
 
-def no_forward_blocks(
-    input: Tensor, weight: Tensor, bias: Tensor | None, *geometry: Any, behind: Candidate
-) -> str | None:
-    reason = no_space_to_depth(input, weight, *geometry)
-    if reason is not None:
-        return reason
-    stride, padding, *_ = geometry
-    return behind.unsupported(*blocks_on_meta(input, weight, stride, padding), bias, (1, 1), (0, 0), (1, 1), 1)
+def no_forward_blocks(input: Tensor, weight: Tensor, bias: Tensor | None, *geometry: Any) -> str | None:
+    return no_space_to_depth(input, weight, *geometry)
+
+
+def forward_behind(input: Tensor, weight: Tensor, bias: Tensor | None, *geometry: Any) -> tuple[Any, ...]:
+    """What `forward_blocks` gives the candidate behind, in shapes."""
+    return *blocks_on_meta(input, weight, *geometry[:2]), bias, (1, 1), (0, 0), (1, 1), 1
 
 
 def blocks_on_meta(input: Tensor, weight: Tensor, stride: Sizes, padding: Sizes) -> tuple[Tensor, Tensor]:
@@ -325,12 +324,13 @@ def weight_grad_blocks(
     return unfold_weight_grad(found, tuple(weight.shape[2:]), stride[0])  # type: ignore[arg-type]
 
 
-def no_weight_grad_blocks(grad: Tensor, input: Tensor, weight: Tensor, *geometry: Any, behind: Candidate) -> str | None:
-    reason = no_space_to_depth(input, weight, *geometry)
-    if reason is not None:
-        return reason
-    stride, padding, *_ = geometry
-    return behind.unsupported(grad, *blocks_on_meta(input, weight, stride, padding), (1, 1), (0, 0), (1, 1), 1)
+def no_weight_grad_blocks(grad: Tensor, *args: Any) -> str | None:
+    return no_space_to_depth(*args)
+
+
+def weight_grad_behind(grad: Tensor, input: Tensor, weight: Tensor, *geometry: Any) -> tuple[Any, ...]:
+    """What `weight_grad_blocks` gives the candidate behind, in shapes."""
+    return grad, *blocks_on_meta(input, weight, *geometry[:2]), (1, 1), (0, 0), (1, 1), 1
 
 
 # ---------------------------------------------------------------------------------------------------- operations
@@ -368,32 +368,33 @@ def _triton(
 
 
 def _with_blocks(
-    plain: Sequence[Candidate], run: Callable[..., Tensor], unsupported: Callable[..., str | None]
+    plain: Sequence[Candidate],
+    run: Callable[..., Tensor],
+    no_blocks: Callable[..., str | None],
+    behind: Callable[..., tuple[Any, ...]],
 ) -> list[Candidate]:
-    """The same candidates behind space to depth."""
+    """The same candidates behind space to depth.
 
-    def behind_blocks(plain: Candidate) -> Candidate:
-        def configurations(first: Tensor, *rest: Any) -> Sequence[str]:
-            # of the forward pass (input, weight, bias, ...) or of the gradient (grad, input, weight, ...)
-            forward = not isinstance(rest[1], Tensor) or rest[1].dim() == 1
-            input, weight = (first, rest[0]) if forward else rest[:2]
-            blocks = blocks_on_meta(input, weight, *rest[2:4])
-            arguments = (*blocks, rest[1]) if forward else (first, *blocks)
-            return plain.configurations(*arguments, (1, 1), (0, 0), (1, 1), 1)
+    All three take the operation's arguments.  no_blocks: why they cannot become blocks.  behind: what they become.
+    """
 
-        def configured(text: str) -> Callable[..., Tensor]:
-            assert plain.configured is not None
-            return partial(run, behind=replace(plain, run=plain.configured(text)))
+    def unsupported(candidate: Candidate, *args: Any) -> str | None:
+        return no_blocks(*args) or candidate.unsupported(*behind(*args))
 
-        return Candidate(
-            "space_to_depth_" + plain.name.removeprefix("triton_"),
-            partial(run, behind=plain),
-            partial(unsupported, behind=plain),
-            configurations,
-            configured if plain.configured else None,
+    def configured(candidate: Candidate, text: str) -> Callable[..., Tensor]:
+        assert candidate.configured is not None
+        return partial(run, behind=replace(candidate, run=candidate.configured(text)))
+
+    return [
+        Candidate(
+            "space_to_depth_" + candidate.name.removeprefix("triton_"),
+            partial(run, behind=candidate),
+            partial(unsupported, candidate),
+            lambda *args, candidate=candidate: candidate.configurations(*behind(*args)),
+            partial(configured, candidate) if candidate.configured else None,
         )
-
-    return [behind_blocks(candidate) for candidate in plain]
+        for candidate in plain
+    ]
 
 
 _LIBRARY = Candidate("library", forward_library, always)
@@ -408,7 +409,7 @@ CONV2D_RELU = dispatch.register(
             _LIBRARY,
             Candidate("cudnn_convolution_relu", forward_cudnn, no_cudnn),
             *_TRITON,
-            *_with_blocks([_LIBRARY, *_TRITON], forward_blocks, no_forward_blocks),
+            *_with_blocks([_LIBRARY, *_TRITON], forward_blocks, no_forward_blocks, forward_behind),
         ),
         lambda input, weight, bias, stride, *rest: (
             ["space_to_depth_library", "library"] if is_image_layer(input, stride) else ["library"]
@@ -449,7 +450,9 @@ CONV2D_WEIGHT_GRAD = dispatch.register(
         _named(
             _WEIGHT_LIBRARY,
             *_WEIGHT_TRITON,
-            *_with_blocks([_WEIGHT_LIBRARY, *_WEIGHT_TRITON], weight_grad_blocks, no_weight_grad_blocks),
+            *_with_blocks(
+                [_WEIGHT_LIBRARY, *_WEIGHT_TRITON], weight_grad_blocks, no_weight_grad_blocks, weight_grad_behind
+            ),
         ),
         lambda grad, input, weight, stride, *rest: (
             ["space_to_depth_library", "library"] if is_image_layer(input, stride) else ["library"]

@@ -22,7 +22,7 @@ from fastalex.nn import ConvReLU2d, MaxPool2d
 from fastalex.ops.common import call
 from fastalex.ops.trunks import TRUNKS, Conv, Fire, Pool
 from fastalex.reference import unit_vectors
-from fastalex.weights import download, plain_state
+from fastalex.weights import download, plain_state, read_pickle
 
 LIN = Path(__file__).with_name("lin.npz")
 SHIFT, SCALE = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)
@@ -187,7 +187,7 @@ class LPIPS(nn.Module):
         else:
             if not Path(path).is_file():
                 raise FileNotFoundError(f"trunk must be an existing file, got {str(path)!r}")
-            found = plain_state(torch.load(path, map_location="cpu", weights_only=True), Path(path))
+            found = plain_state(read_pickle(Path(path)), Path(path))
         if verbose:
             print(f"trunk: {path or TRUNK_WEIGHTS[self.pnet_type]}")
         state = {}
@@ -211,7 +211,7 @@ class LPIPS(nn.Module):
             return
         if not Path(path).is_file():
             raise FileNotFoundError(f"model_path must be an existing file, got {str(path)!r}")
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        state = plain_state(read_pickle(Path(path)), Path(path))
         for number, lin in enumerate(self._lins()):
             found = [value for name, value in state.items() if name.startswith(f"lin{number}.")]
             if len(found) != 1 or found[0].numel() != self.chns[number]:
@@ -308,7 +308,7 @@ class LPIPS(nn.Module):
     def _trunk(self, image: Tensor) -> list[Tensor]:
         """The trunk's parameters, in the dtype of the computation."""
         found: list[Tensor] = list(self.net.parameters())
-        dtype = autocast_dtype(image)
+        dtype = F.autocast_dtype(image)
         if dtype is None or found[0].dtype == torch.float64:
             return found
         return [parameter.to(dtype) for parameter in found]
@@ -316,7 +316,7 @@ class LPIPS(nn.Module):
     def _result(self, distances: Tensor, size: Sequence[int], per_layer: bool) -> Any:
         """The package's shapes out of the operator's."""
         images = distances.shape[0]
-        dtype = self.scaling_layer.scale.dtype if autocast_dtype(distances) is None else distances.dtype
+        dtype = self.scaling_layer.scale.dtype if F.autocast_dtype(distances) is None else distances.dtype
         if self.spatial:
             sizes = TRUNKS[self.pnet_type].feature_sizes(size)
             parts = distances.split([h * w for h, w in sizes], 1)
@@ -347,7 +347,7 @@ class LPIPS(nn.Module):
         found, lins = [], self._lins()
         for number, (a, b) in enumerate(zip(own, other, strict=True)):
             lin = lins[number] if lins else None
-            if autocast_dtype(a) is not None:
+            if F.autocast_dtype(a) is not None:
                 a, b = a.float(), b.float()
             if lin is not None and lin.drops:
                 distance = lin((unit_vectors(a) - unit_vectors(b)).square())
@@ -381,7 +381,7 @@ class LPIPS(nn.Module):
         scale = self.scaling_layer.scale
         if image.device != scale.device:
             raise RuntimeError(f"{name} is on {image.device}, the weights are on {scale.device}")
-        if torch.promote_types(image.dtype, scale.dtype) != scale.dtype and autocast_dtype(image) is None:
+        if torch.promote_types(image.dtype, scale.dtype) != scale.dtype and F.autocast_dtype(image) is None:
             raise RuntimeError(f"{name} is {image.dtype}, the weights are {scale.dtype}")
         if not image.is_floating_point():
             image = image.to(scale.dtype)
@@ -394,14 +394,6 @@ class LPIPS(nn.Module):
             slices = re.match(r"net\.slices\.(\d+)\.", name)
             state[f"net.slice{int(slices[1]) + 1}.{name[slices.end() :]}" if slices else name] = value
         return super().load_state_dict(state, strict, assign)
-
-
-def autocast_dtype(x: Tensor) -> torch.dtype | None:
-    """The dtype of convolutions where autocast is on for the tensor's device."""
-    device = x.device.type
-    if device == "meta" or not torch.is_autocast_enabled(device):
-        return None
-    return torch.get_autocast_dtype(device)
 
 
 def upsample(x: Tensor, size: Sequence[int]) -> Tensor:

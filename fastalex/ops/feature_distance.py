@@ -11,13 +11,9 @@ from torch import Tensor
 from fastalex import backend, gpu
 from fastalex.cpu import lpips
 from fastalex.ops.common import call, device_of, differentiable, operator, refuse_double_backward
+from fastalex.reference import sum_dtype, unit_vectors
 
 NAME = "feature_distance"
-
-
-def distance_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Of sums and distances."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def images_last(shape: Sequence[int], like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
@@ -38,7 +34,7 @@ def feature_distance(a: Tensor, b: Tensor, weight: Tensor | None, spatial: bool)
 @feature_distance.register_fake
 def _(a: Tensor, b: Tensor, weight: Tensor | None, spatial: bool) -> Tensor:
     shape = (a.shape[0], *a.shape[2:]) if spatial else a.shape[:1]
-    return a.new_empty(shape, dtype=distance_dtype(a.dtype))
+    return a.new_empty(shape, dtype=sum_dtype(a.dtype))
 
 
 @operator("fastalex::feature_distance_backward")
@@ -58,8 +54,8 @@ def feature_distance_backward(
             db = db.sum(0, keepdim=True)
         if not needs[2] or weight is None:
             return da, db, a.new_empty(0)
-        wide = distance_dtype(a.dtype)
-        u, v = (x / (torch.linalg.vector_norm(x, dim=1, keepdim=True) + 1e-10) for x in (a.to(wide), b.to(wide)))
+        wide = sum_dtype(a.dtype)
+        u, v = unit_vectors(a.to(wide)), unit_vectors(b.to(wide))
         per_pixel = grad[:, None] if spatial else (grad / a[0, 0].numel()).view(-1, 1, 1, 1)
         return da, db, ((u - v).square_() * per_pixel).sum((0, 2, 3)).to(weight.dtype)
 

@@ -22,9 +22,10 @@ from fastalex.cpu import max_pool
 from fastalex.gpu import convolution
 from fastalex.ops import conv_relu
 from fastalex.ops.common import call, device_of, differentiable, operator, refuse_double_backward
-from fastalex.ops.feature_distance import distance_dtype, images_last
+from fastalex.ops.feature_distance import images_last
 from fastalex.ops.geometry import Conv as Geometry
 from fastalex.ops.trunks import TRUNKS, Conv, Fire, Pool
+from fastalex.reference import sum_dtype
 
 NAME = "lpips"
 
@@ -225,7 +226,7 @@ def _(
     _, spatial, *needs = options
     others = 0 if other is None else other.shape[0]
     columns = sum(h * w for h, w in TRUNKS[net].feature_sizes(size)) if spatial else len(TRUNKS[net].channels)
-    out = image.new_empty((images, columns), dtype=distance_dtype(dtype))
+    out = image.new_empty((images, columns), dtype=sum_dtype(dtype))
     if not any(needs):
         return out, []
     rows = (images if needs[0] else 0) + (others if needs[1] else 0)

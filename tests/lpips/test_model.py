@@ -316,6 +316,17 @@ def test_missing_files(tmp_path):
         fastalex.LPIPS(pnet_rand=True, model_path=tmp_path / "other.pth")
 
 
+@pytest.mark.parametrize("argument", ["trunk", "model_path"])
+def test_damaged_files_are_named(argument, tmp_path):
+    path = tmp_path / "damaged.pth"
+    path.write_text("junk")
+    with pytest.raises(ValueError, match="damaged.pth holds no weights that PyTorch reads"):
+        fastalex.LPIPS(pnet_rand=argument != "trunk", **{argument: path})
+    torch.save([1, 2], path)
+    with pytest.raises(ValueError, match="damaged.pth holds a list, not a state_dict"):
+        fastalex.LPIPS(pnet_rand=argument != "trunk", **{argument: path})
+
+
 def test_trunk_weights_as_torchvision_has_them(tmp_path, monkeypatch):
     """From a file, and by the download that torch's hub keeps."""
     loss = loss_of("squeeze")

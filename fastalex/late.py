@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
-import importlib
 import importlib.abc
 import importlib.util
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 
 
-def after_import(name: str, then: str) -> None:
-    """Imports the module `then` once the module `name` is there: now, or at the end of its import."""
+def after_import(name: str, then: Callable[[ModuleType], object]) -> None:
+    """Calls `then` with the module `name` once it is there: now, or at the end of its import."""
     if name in sys.modules:
-        importlib.import_module(then)
+        then(sys.modules[name])
     else:
         sys.meta_path.insert(0, _Watch(name, then))
 
 
 class _Watch(importlib.abc.MetaPathFinder):
-    def __init__(self, name: str, then: str) -> None:
+    def __init__(self, name: str, then: Callable[[ModuleType], object]) -> None:
         self._name, self._then = name, then
 
     def find_spec(
@@ -36,7 +35,7 @@ class _Watch(importlib.abc.MetaPathFinder):
 
             def and_then(module: ModuleType) -> None:
                 execute(module)
-                importlib.import_module(self._then)
+                self._then(module)
 
             loader.exec_module = and_then  # type: ignore[method-assign]
         return spec
