@@ -320,10 +320,10 @@ def test_missing_files(tmp_path):
 def test_damaged_files_are_named(argument, tmp_path):
     path = tmp_path / "damaged.pth"
     path.write_text("junk")
-    with pytest.raises(ValueError, match="damaged.pth holds no weights that PyTorch reads"):
+    with pytest.raises(ValueError, match=r"damaged\.pth holds no weights that PyTorch reads"):
         fastalex.LPIPS(pnet_rand=argument != "trunk", **{argument: path})
     torch.save([1, 2], path)
-    with pytest.raises(ValueError, match="damaged.pth holds a list, not a state_dict"):
+    with pytest.raises(ValueError, match=r"damaged\.pth holds a list, not a state_dict"):
         fastalex.LPIPS(pnet_rand=argument != "trunk", **{argument: path})
 
 
