@@ -1,4 +1,4 @@
-"""The README's three commands, as they stand there, on a miniature tree in ImageNet's layout."""
+"""The three commands of docs/imagenet.md, as they stand there, on a miniature tree in ImageNet's layout."""
 
 import json
 import os
@@ -18,12 +18,12 @@ import trees
 from fastalex import cli
 
 ROOT = Path(__file__).parent.parent
-# what makes minutes of the README's days; everything else is taken from there
+# what makes minutes of days; everything else is taken from there
 SMALL = ["--epochs", "1", "--batch-size", "6", "--device", "cpu"]
 
 
 def commands():
-    section = (ROOT / "README.md").read_text().split("## ImageNet in three commands")[1]
+    section = (ROOT / "docs" / "imagenet.md").read_text().split("## Three commands")[1]
     block = re.search(r"```sh\n(.*?)```", section, re.DOTALL)
     return [shlex.split(line) for line in block.group(1).splitlines()]
 
