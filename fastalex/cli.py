@@ -51,7 +51,7 @@ except ModuleNotFoundError:
     tyro = None  # type: ignore[assignment]  # the commands are functions without it, too; `main` says what is missing
 
 
-def demo(out: Path = Path("runs/demo"), epochs: int = 24, device: str | None = None) -> None:
+def demo(out: Path = DEMO_MODEL.parent, epochs: int = 24, device: str | None = None) -> None:
     """Train a small AlexNet on the pictures that ship with fastalex, and show what it learnt.
 
     Prints the five likeliest classes of held-out pictures and writes model.safetensors, metrics.jsonl,

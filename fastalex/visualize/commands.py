@@ -30,7 +30,8 @@ def filters(weights: str, out: Path) -> None:
         Tile(picture, f"{number}: {low:.2f}, {high:.2f}")
         for number, (picture, (low, high)) in enumerate(zip(figures.filter_tiles(weight), ranges, strict=True))
     ]
-    note = f"{by(weight.shape)} weights, variant {card.variant.name}; each kernel stretched to its own range."
+    meaning = "" if weight.shape[1] == 3 else "; red answers to bright, blue to dark"
+    note = f"{by(weight.shape)} weights, variant {card.variant.name}; each kernel at its own contrast{meaning}."
     write_page(
         page,
         "Filters of the first convolution",
