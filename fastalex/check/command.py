@@ -20,7 +20,7 @@ from fastalex.inspection.compiler import TARGETS
 
 DESCRIPTION = """Does fastalex work on this machine, and what is gained?  Compiles every kernel, compares it with
 float64, then times it, whole models and all candidates of their convolutions against PyTorch.  Each stage has a process
-of its own; what is done is in OUT/check.jsonl line by line, and a second call goes on from there.  OUT/check.md holds
+of its own; what is done is in check.jsonl, line by line, and a second call goes on from there.  check.md holds
 the tables.  Exit code 1 if anything is wrong."""
 
 

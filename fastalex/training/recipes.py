@@ -99,7 +99,7 @@ def demo_variant(channels: int = 1) -> Variant:
     return Variant(
         "demo",
         (
-            Conv(32, 11, stride=3, padding=4, norm=norm, pool=3, std=0.02 if channels == 1 else 0.05),
+            Conv(32, 11, stride=3, padding=4, norm=norm, pool=3, std=0.01 if channels == 1 else 0.05),
             Conv(96, 5, padding=2, groups=2, norm=norm, pool=3, std=_he_std(16, 5)),
             Conv(128, 3, padding=1, std=_he_std(96, 3)),
             Conv(96, 3, padding=1, groups=2, std=_he_std(64, 3)),

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 # Okabe and Ito's colours: told apart with every common kind of colour blindness, and in grey
 BLUE, ORANGE, GREEN, VERMILION, PURPLE, SKY = "#0072b2", "#e69f00", "#009e73", "#d55e00", "#cc79a7", "#56b4e9"
+GREY = "#8c8c8c"
 RIGHT, WRONG = BLUE, ORANGE
 DPI = 100
 
@@ -100,18 +101,16 @@ def filter_tiles(weight: Tensor) -> Tensor:
 def filters(weight: Tensor, path: Path) -> None:
     """The kernels of a first convolution (K, C, R, S) as `filter_tiles`, whole pixels of the file a weight."""
     tiles = filter_tiles(weight)
-    sheet = mosaic(tiles, min(len(tiles), 16 if len(tiles) > 32 else 8))
+    sheet = pixels(mosaic(tiles, min(len(tiles), 16 if len(tiles) > 32 else 8)))
     per_weight = max(1, round(72 / weight.shape[3]))
-    width, height = sheet.shape[2] * per_weight, sheet.shape[1] * per_weight
+    sheet = sheet.repeat(per_weight, 0).repeat(per_weight, 1)
     margin, head = 10, 62
-    whole = max(width, 560) + 2 * margin, height + head + margin
-    figure = Figure(figsize=(whole[0] / DPI, whole[1] / DPI), dpi=DPI)
-    axes = figure.add_axes(((whole[0] - width) / 2 / whole[0], margin / whole[1], width / whole[0], height / whole[1]))
-    axes.imshow(pixels(sheet), interpolation="nearest", aspect="auto")
-    axes.axis("off")
+    width, height = max(sheet.shape[1], 560) + 2 * margin, head + sheet.shape[0] + margin
+    figure = Figure(figsize=(width / DPI, height / DPI), dpi=DPI)
+    figure.figimage(sheet, xo=(width - sheet.shape[1]) // 2, yo=margin)
     meaning = "in their colours" if weight.shape[1] == 3 else "red answers to bright, blue to dark"
     figure.text(
-        0.5, 1 - 10 / whole[1],
+        0.5, 1 - 10 / height,
         f"{counted(len(tiles), 'filter')} of the first convolution, {weight.shape[3]}x{weight.shape[2]} pixels\n"
         f"each at its own contrast, {meaning}",
         ha="center", va="top", fontsize=11,
@@ -290,7 +289,7 @@ def confusion_matrix(confusion: Tensor, classes: Sequence[str], path: Path, labe
         title=f"{right:.1%} of {counted(int(confusion.sum()), 'picture')} recognised", xlabel="taken for", ylabel="is"
     )
     bar = figure.colorbar(picture, label="share of the class's pictures", shrink=0.8)
-    bar.ax.yaxis.set_major_formatter(PercentFormatter(1))
+    bar.ax.yaxis.set_major_formatter(FuncFormatter(lambda share, _: f"{100 * share:g}%"))
     if few:
         axes.set_xticks(range(len(classes)), list(map(plain, classes)), rotation=45, ha="right", rotation_mode="anchor")
         axes.set_yticks(range(len(classes)), list(map(plain, classes)))
@@ -318,15 +317,15 @@ def layers(description: Description, path: Path) -> None:
     )
     parameters, flops, memory = figure.subplots(1, 3, sharey=True)
     for axes, column, unit, colour, title in (
-        (parameters, "parameters", 1e6, BLUE, "Parameters, millions"),
-        (flops, "flops", 1e6, GREEN, "Arithmetic, MFLOP per picture"),
+        (parameters, "parameters", 1e6, GREY, "Parameters, millions"),
+        (flops, "flops", 1e6, GREY, "Arithmetic, MFLOP per picture"),
     ):
         bars = axes.barh(places, sums(column, unit), color=colour)
         axes.bar_label(bars, fmt="{:,.2f}" if column == "parameters" else "{:,.0f}", padding=3, fontsize=8)
         axes.set_title(title, fontsize=11)
     for offset, column, colour, label in (
         (-0.2, "eager_bytes", ORANGE, "torch.nn"),
-        (0.2, "fused_bytes", PURPLE, "fastalex"),
+        (0.2, "fused_bytes", BLUE, "fastalex"),
     ):
         total = description.total(column) / 1e6
         bars = memory.barh(

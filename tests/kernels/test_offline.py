@@ -564,7 +564,9 @@ for line in sys.stdin:
 """
     monkeypatch.setattr(compiler, "WORKER", worker)
     requests = [(name, "sm_90") for name in ("good", "bad", "better")]
-    found = compiler.results(requests, processes=1)
+    done = []
+    found = compiler.results(requests, processes=1, done=lambda: done.append(1))
+    assert len(done) == 3
     assert found["good", "sm_90"] == found["better", "sm_90"] == []
     assert "ended with code 3" in found["bad", "sm_90"]["error"]
 
