@@ -393,10 +393,11 @@ def write_atomically(path, text):
     os.replace(file.name, path)
 
 
-# Processor seconds of one request, on average over what `fastalex inspect` does by default.
-SECONDS = {"nvidia": 3.0, "gfx942": 3.0, "traffic": 3.0}
+# Processor seconds of one request on an AMD EPYC, roughly: 0.5 to 4 were measured; and of a process before its first.
+SECONDS = {"nvidia": 1.5, "gfx942": 1.5, "traffic": 1.0}
+START_SECONDS = 3.0
 # Of a process that compiles, with PyTorch and Triton in it.
-MEMORY = 2 << 30
+MEMORY = 1 << 30
 
 
 def enough_processes():
@@ -413,7 +414,8 @@ def uncached(requests):
 
 def expected_seconds(requests):
     """What `results` takes for requests of which none is cached, on an idle machine, roughly."""
-    return sum(SECONDS[kind_of(target)] for _, target in requests) / min(enough_processes(), len(requests) or 1)
+    work = sum(SECONDS[kind_of(target)] for _, target in requests)
+    return START_SECONDS + work / min(enough_processes(), len(requests) or 1)
 
 
 def results(requests, processes=None, done=None):
