@@ -17,12 +17,13 @@ from PIL import Image
 
 from fastalex import cli
 from fastalex.data import fashion_mnist
+from fastalex.evaluation.inputs import SAMPLE_SHOWN
 from fastalex.files import replacing, write_whole
 
 ROOT = Path(__file__).parents[1]
 RUNS = Path("runs/gallery")
 WIDTH, COLOURS = 800, 256
-SHOWN = {"coat": 405, "sandal": 510, "bag": 820, "ankle-boot": 950}  # places in the sample's test pictures
+SHOWN = dict(zip(("coat", "sandal", "bag", "ankle-boot"), SAMPLE_SHOWN, strict=True))
 
 
 class Shot(NamedTuple):

@@ -624,3 +624,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
         fail(f"this command needs {package}: pip install 'fastalex[cli]'")
     except (OSError, ValueError, FloatingPointError) as error:
         fail(error)
+    except KeyboardInterrupt:
+        print("fastalex: stopped", file=sys.stderr)
+        raise SystemExit(130) from None

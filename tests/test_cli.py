@@ -131,6 +131,17 @@ def test_completion_completes(tmp_path):
     assert done.stdout.split() == ["caffenet"], done.stderr
 
 
+def test_ctrl_c(monkeypatch, capsys):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("fastalex.visualize.describe.show", interrupted)
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["describe"])
+    assert stopped.value.code == 130
+    assert capsys.readouterr().err == "fastalex: stopped\n"
+
+
 def test_python_m_fastalex():
     done = subprocess.run([sys.executable, "-m", "fastalex", "--help"], capture_output=True, text=True)
     assert done.returncode == 0
@@ -200,7 +211,7 @@ def test_predict_without_pictures_takes_the_samples_for_its_model(trained, capsy
     cli.main(["predict", *options, "--top", "1", "--out", str(tmp_path / "predictions.png")])
     text = capsys.readouterr().out
     assert "the likeliest class " in text
-    assert all(name in text for name in ("Coat 405", "Sandal 510", "Bag 820", "Ankle boot 950"))
+    assert all(name in text for name in ("Coat 405", "Sandal 510", "Bag 820", "Ankle boot 977"))
 
 
 def test_predict_without_pictures_or_scikit_image(published, capsys, monkeypatch):

@@ -468,6 +468,12 @@ def results(requests, processes=None, done=None):
     threads = [threading.Thread(target=serve, args=(kinds[i % len(kinds)],)) for i in range(number)]
     for thread in threads:
         thread.start()
-    for thread in threads:
-        thread.join()
+    try:
+        for thread in threads:
+            thread.join()
+    except BaseException:  # Ctrl-C: nothing more is begun
+        with lock:
+            for left in waiting.values():
+                left.clear()
+        raise
     return found

@@ -262,6 +262,14 @@ def test_what_is_to_do_is_said_first(cached, answers, capsys, monkeypatch, tmp_p
         assert re.search(r"2 compilations and 1 count of DRAM bytes to do, about \d+ seconds?$", first)
 
 
+@pytest.mark.parametrize(("cores", "gigabytes", "expected"), [(2, 16, 2), (64, 8, 8), (4, 0.5, 1)])
+def test_processes_fit_the_machine(cores, gigabytes, expected, monkeypatch):
+    monkeypatch.setattr(compiler.os, "sched_getaffinity", lambda pid: set(range(cores)), raising=False)
+    pages = {"SC_PAGE_SIZE": 4096, "SC_PHYS_PAGES": int(gigabytes * 2**30) // 4096}
+    monkeypatch.setattr(compiler.os, "sysconf", pages.__getitem__)
+    assert compiler.enough_processes() == expected
+
+
 def test_no_entry(capsys):
     with pytest.raises(ValueError, match="'conv9' in its name; it has such as paper/conv1"):
         machine_code.names(["fp16"], "conv9")
