@@ -508,8 +508,10 @@ def experiment_ablation(
 def worded(call: Callable[..., Any]) -> Callable[..., Any]:
     """The command, with what tyro shows of its arguments: a word for the value, the docstring's lines joined, and the
     default where it says something.  A text in an annotation is the word of that argument alone."""
-    text = introspection.getdoc(call) or ""
-    helps = dict(re.findall(r"^    (\w+): (.*(?:\n {5,}.*)*)", text.partition("Args:")[2], re.MULTILINE))
+    documented = (introspection.getdoc(call) or "").partition("Args:")[2]
+    if not documented:  # a group of commands, or one without arguments
+        return call
+    helps = dict(re.findall(r"^    (\w+): (.*(?:\n {5,}.*)*)", documented, re.MULTILINE))
     hints = get_type_hints(call, include_extras=True)
     for name, kind in hints.items():
         if name == "return":
@@ -532,7 +534,7 @@ def _default_word(name: str, kind: str) -> str | None:
     if "Literal" in kind or "bool" in kind:
         return None
     number = "N ..." if "tuple" in kind else "N"
-    return number if "int" in kind else name.upper().replace("_", "-")
+    return number if re.search(r"\bint\b", kind) else name.upper().replace("_", "-")
 
 
 def _default_shown(default: str) -> str:
