@@ -24,7 +24,7 @@ from PIL import Image
 
 from fastalex import AlexNet, cli
 from fastalex.data import fashion_mnist, photos
-from fastalex.evaluation import inputs
+from fastalex.evaluation import commands, inputs
 from fastalex.training import recipes
 from fastalex.variants import VARIANTS
 from fastalex.visualize import console, figures
@@ -301,14 +301,14 @@ def test_predict_takes_folders_addresses_and_standard_input(trained, picture, si
     bad = [str(folder / "a.jpg"), f"{site}/none.jpg", "gone.png", str(tmp_path / "empty")]
     assert [row["picture"] for row in found["left_out"]] == bad
     text = capsys.readouterr().err
-    for name, reason in zip(bad, ("not an image", "File not found", "no such file", "no pictures in"), strict=True):
+    for name, reason in zip(bad, ("not an image", "HTTP Error 404", "no such file", "no pictures in"), strict=True):
         assert sum(name in line and "left out:" in line and reason in line for line in text.splitlines()) == 1
     assert "4 of 8 pictures left out" in text.splitlines()[-1]
 
 
 @pytest.mark.parametrize(
     ("path", "reason"),
-    [("/none.jpg", "cannot be fetched: File not found"), ("/endless", "more than 3,000,000 bytes"),
+    [("/none.jpg", "cannot be fetched: HTTP Error 404"), ("/endless", "more than 3,000,000 bytes"),
      ("/silent", "timed out"), ("/nothing", "is empty"), (None, "refused")],
 )  # fmt: skip
 def test_addresses_that_have_no_picture(path, reason, trained, site, capsys, monkeypatch):
@@ -335,19 +335,21 @@ def test_none_of_several_pictures_can_be_read(trained, capsys):
     assert lines[-1].endswith("none of 2 pictures can be read")
 
 
-def test_many_pictures(trained, picture, capsys, tmp_path):
-    """In several batches; the figure holds the first 24."""
+def test_many_pictures(trained, picture, capsys, monkeypatch, tmp_path):
+    """In several batches; the figure holds the first ones."""
+    monkeypatch.setattr(commands, "BATCH", 4)
+    monkeypatch.setattr(commands, "SHOWN", 5)
     folder = tmp_path / "many"
     folder.mkdir()
-    for number in range(40):
+    for number in range(10):
         os.link(picture, folder / f"{number:02}.png")
     report = tmp_path / "report.json"
     options = ["--weights", str(trained / "model.safetensors"), "--device", "cpu", "--json", str(report), "--top", "1"]
     cli.main(["predict", str(folder), *options, "--out", str(tmp_path / "figure.png")])
     assert [Path(row["picture"]).name for row in json.loads(report.read_text())["pictures"]] == [
-        f"{number:02}.png" for number in range(40)
+        f"{number:02}.png" for number in range(10)
     ]
-    assert "the first 24 of 40 pictures" in capsys.readouterr().out
+    assert "the first 5 of 10 pictures" in capsys.readouterr().out
 
 
 def test_the_documents_commands(trained, picture, site, capsys, monkeypatch, tmp_path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.client
 import sys
 import time
+import urllib.error
 import urllib.request
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -79,6 +80,8 @@ def fetch(address: str) -> bytes:
     try:
         with urllib.request.urlopen(request, timeout=SILENT_SECONDS) as answer:
             return _limited(answer, address)
+    except urllib.error.HTTPError as error:
+        raise ValueError(f"{address} cannot be fetched: {error}") from None
     except (OSError, http.client.HTTPException) as error:
         raise ValueError(f"{address} cannot be fetched: {getattr(error, 'reason', None) or error}") from None
 
