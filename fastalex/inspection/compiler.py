@@ -426,7 +426,7 @@ def results(requests, processes=None, done=None):
     """
     found = {}
     # a process serves one kind of request: they are as many lists, the longest work, the fused forward's, first in each
-    waiting = {}
+    waiting: dict[str, list[tuple[tuple[str, str], Path]]] = {}
     for request in sorted(set(requests), key=lambda request: "lrn_max_pool/forward" not in request[0]):
         path = cache_file(*request)
         if path.exists():
@@ -464,7 +464,7 @@ def results(requests, processes=None, done=None):
         if worker is not None:
             worker.close()
 
-    number = min(processes or enough_processes(), sum(map(len, waiting.values())))
+    number = min(processes or enough_processes(), sum(len(left) for left in waiting.values()))
     threads = [threading.Thread(target=serve, args=(kinds[i % len(kinds)],)) for i in range(number)]
     for thread in threads:
         thread.start()
