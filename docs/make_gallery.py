@@ -8,6 +8,7 @@ Trains the demonstration's model first if runs/demo has none; experiments that w
 from __future__ import annotations
 
 import io
+import json
 import sys
 from pathlib import Path
 from typing import NamedTuple
@@ -16,12 +17,13 @@ from PIL import Image
 
 from fastalex import cli
 from fastalex.data import fashion_mnist
+from fastalex.evaluation.inputs import SAMPLE_SHOWN
 from fastalex.files import replacing, write_whole
 
 ROOT = Path(__file__).parents[1]
 RUNS = Path("runs/gallery")
 WIDTH, COLOURS = 800, 256
-SHOWN = {"coat": 405, "sandal": 510, "bag": 820, "ankle-boot": 950}  # places in the sample's test pictures
+SHOWN = dict(zip(("coat", "sandal", "bag", "ankle-boot"), SAMPLE_SHOWN, strict=True))
 
 
 class Shot(NamedTuple):
@@ -35,33 +37,33 @@ class Shot(NamedTuple):
 
 
 PICTURES = " ".join(f"{RUNS}/{name}.png" for name in SHOWN)
-WEIGHTS = f"--weights {cli.DEMO_MODEL}"
+PREDICTED = RUNS / "predictions.json"
 SHOTS = (
     Shot(
         "What is on a picture",
-        "Pictures that the model has not seen, with its five likeliest classes, as in the paper's figure 4. Without "
-        "`--weights` and names of files: torchvision's ImageNet weights, and four photos that come with scikit-image.",
-        f"predict {PICTURES} {WEIGHTS} --out {RUNS}/predictions.png",
+        "Pictures that the model has not seen, with its five likeliest classes, as in the paper's figure 4. {verdict} "
+        "`--weights IMAGENET1K_V1` takes torchvision's weights, which know ImageNet's 1,000 classes.",
+        f"predict {PICTURES} --out {RUNS}/predictions.png --json {PREDICTED}",
         RUNS / "predictions.png",
     ),
     Shot(
         "What the first convolution looks for",
         "Its filters; the paper's figure 3 shows the 96 of the full-size network, learnt from ImageNet.",
-        f"visualize filters {WEIGHTS} --out {RUNS}",
+        f"visualize filters --out {RUNS}",
         RUNS / "filters.png",
     ),
     Shot(
         "What a layer answers",
         "Every map of the first convolution for one picture; `--layer` takes any other by name. The command writes a "
         "page that opens offline too.",
-        f"visualize activations {RUNS}/ankle-boot.png {WEIGHTS} --out {RUNS}",
+        f"visualize activations {RUNS}/ankle-boot.png --out {RUNS}",
         RUNS / "activations-conv1-ankle-boot.png",
     ),
     Shot(
         "Pictures that the model takes for similar",
         "Nearest neighbours by Euclidean distance in the last hidden layer, as in section 6.1 of the paper, among the "
         "1,000 test pictures; `--data` takes a folder or a packed set.",
-        f"visualize similar {WEIGHTS} --out {RUNS}",
+        f"visualize similar --out {RUNS}",
         RUNS / "similar.png",
     ),
     Shot(
@@ -103,6 +105,16 @@ def shrink(source: Path, target: Path) -> None:
         temporary.write_bytes(buffer.getvalue())
 
 
+def verdict() -> str:
+    """Which of the pictures the model is wrong about."""
+    wrong = []
+    for found in json.loads(PREDICTED.read_text())["pictures"]:
+        name, guess = Path(found["picture"]).stem.replace("-", " "), found["classes"][0]["class"]
+        if guess.lower() != name:
+            wrong.append(f"the {name}, which it takes for: {guess}")
+    return f"It is wrong about {'; and about '.join(wrong)}." if wrong else "It is right about all of them."
+
+
 def main() -> None:
     if not cli.DEMO_MODEL.is_file():
         cli.main(["demo"])
@@ -120,7 +132,15 @@ def main() -> None:
         cli.main(shot.command.split())
         name = f"{shot.command.split()[0]}-{shot.picture.parent.name}-{shot.picture.stem}".replace("-gallery-", "-")
         shrink(shot.picture, ROOT / "docs" / "gallery" / f"{name}.png")
-        lines += ["", f"## {shot.title}", "", shot.text, "", f"![{shot.title}](gallery/{name}.png)", ""]
+        lines += [
+            "",
+            f"## {shot.title}",
+            "",
+            shot.text.replace("{verdict}", verdict()),
+            "",
+            f"![{shot.title}](gallery/{name}.png)",
+            "",
+        ]
         if shot.table is not None:
             lines += [shot.table.read_text().rstrip(), ""]
         lines += ["```sh", f"fastalex {shot.command}", "```"]

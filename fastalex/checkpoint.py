@@ -29,6 +29,8 @@ from fastalex.weights import METADATA_KEY, check_shapes
 
 MODEL, STATE, PREVIOUS_STATE = "model.safetensors", "state.pt", "state.previous.pt"
 STATE_FORMAT = 2
+# where `fastalex demo` leaves its model: what the other commands take when they are given none
+DEMO_MODEL = Path("runs/demo") / MODEL
 
 
 @dataclass(frozen=True)

@@ -7,16 +7,36 @@ One thin function per subcommand; what it needs is imported when it runs, so tha
 
 from __future__ import annotations
 
+import functools
+import inspect as introspection
+import os
+import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, NoReturn, Union
+from typing import Annotated, Any, Literal, NoReturn, Union, get_type_hints
+
+from fastalex.checkpoint import DEMO_MODEL
 
 # import name -> why it can be missing: the `cli` extra installs all of them
 EXTRAS = ("PIL", "matplotlib", "rich", "safetensors", "torchvision", "tyro")
-DEMO_MODEL = Path("runs/demo/model.safetensors")
-PUBLISHED = "IMAGENET1K_V1"
 VISUALIZED = Path("runs/visualize")
+DESCRIPTION = """AlexNet as fast as the hardware allows: train it, measure it, let it name pictures.
+
+Without a command: --version, and --tyro-write-completion SHELL FILE for completion in bash, zsh or fish.
+"""
+# What an argument's value is called in --help, where its name is not the word and its type is no list of choices.
+WORDS = {
+    **dict.fromkeys(("data", "keep", "out"), "FOLDER"),
+    **dict.fromkeys(("chart", "compare", "index", "json", "map", "markdown", "readme", "results", "trunk"), "FILE"),
+    "val_labels": "FILE",
+    **dict.fromkeys(("first", "second"), "PICTURE"),
+    "images": "[PICTURE ...]",
+    "kernel": "TEXT",
+    "lr": "RATE",
+    **dict.fromkeys(("label_smoothing", "threshold"), "SHARE"),
+    "save_minutes": "MINUTES",
+}
 
 
 def fail(message: object) -> NoReturn:
@@ -31,7 +51,7 @@ except ModuleNotFoundError:
     tyro = None  # type: ignore[assignment]  # the commands are functions without it, too; `main` says what is missing
 
 
-def demo(out: Path = Path("runs/demo"), epochs: int = 24, device: str | None = None) -> None:
+def demo(out: Path = DEMO_MODEL.parent, epochs: int = 24, device: str | None = None) -> None:
     """Train a small AlexNet on the pictures that ship with fastalex, and show what it learnt.
 
     Prints the five likeliest classes of held-out pictures and writes model.safetensors, metrics.jsonl,
@@ -136,8 +156,8 @@ def evaluate(
     """Measure a model's accuracy on test pictures, as a whole and class by class.
 
     Args:
-        weights: A model.safetensors that `fastalex train` or `fastalex demo` wrote, a torchvision .pth file, or
-            IMAGENET1K_V1 for torchvision's published weights.
+        weights: A model.safetensors that `fastalex train` or `fastalex demo` wrote, by default the demo's; a .pth file
+            of torchvision's; or IMAGENET1K_V1 for torchvision's published weights, which are downloaded once.
         data: Folder with val/CLASS/*.jpg (or test/CLASS/...); by default the Fashion-MNIST sample.
         crops: "centre", or "ten" crops a picture as in the 2012 paper: corners, centre, and their mirror images.
         out: Folder for scores.json (with every class and the confusion matrix) and confusion.png.
@@ -162,27 +182,32 @@ def evaluate(
 
 
 def predict(
-    images: Annotated[tuple[Path, ...], tyro.conf.Positional] = (),
-    weights: str = PUBLISHED,
+    images: Annotated[tuple[str, ...], tyro.conf.Positional] = (),
+    weights: str = str(DEMO_MODEL),
     top: int = 5,
     ten_crop: bool = False,
-    out: Path = Path("runs/predict/predictions.png"),
+    out: Annotated[Path, "FILE"] = Path("runs/predict/predictions.png"),
+    json: Path | None = None,
     device: str | None = None,
 ) -> None:
     """Say what is on pictures: the likeliest classes with their probabilities, in the terminal and as a figure.
 
+    A picture that cannot be read is named, and the others go on; the exit code is then 1, or 2 if none could be read.
+
     Args:
-        images: Picture files (JPEG, PNG, ...); by default four photos that come with scikit-image.
-        weights: IMAGENET1K_V1 for torchvision's published weights, which are downloaded once; or a file: torchvision's
-            .pth, or a model.safetensors that `fastalex train` or `fastalex demo` wrote.
+        images: Picture files (JPEG, PNG, ...), folders of them, addresses (https://...), or - for standard input; by
+            default four pictures: of the Fashion-MNIST sample for the demo's model, else photos of scikit-image.
+        weights: A model.safetensors that `fastalex train` or `fastalex demo` wrote, by default the demo's; a .pth file
+            of torchvision's; or IMAGENET1K_V1 for torchvision's published weights, which are downloaded once.
         top: How many classes to name.
         ten_crop: Average the probabilities of corners, centre and their mirror images, as the 2012 paper.
-        out: File (PNG) for the pictures with their classes as bars.
+        out: File (PNG) for the first 24 pictures with their classes as bars.
+        json: File for all pictures with their classes and probabilities, and for what could not be read.
         device: cpu, cuda, cuda:1, ...; by default a GPU if there is one.
     """
     from fastalex.evaluation import commands
 
-    commands.predict(images, weights, top=top, ten_crop=ten_crop, out=out, device=device)
+    commands.predict(images, weights, top=top, ten_crop=ten_crop, out=out, json_file=json, device=device)
 
 
 def lpips(
@@ -225,12 +250,14 @@ def inspect(
 
     Registers, spills, memory, access widths, instructions by pipe, DRAM bytes (counted in Triton's interpreter), and a
     model of the time that each resource of named chips needs.  Compiling all of it takes minutes, once: results are
-    cached per user.  Ends with exit code 1 if something does not compile or --compare finds it worse.
+    cached per user, and what is left to do is said first.
+    Ends with exit code 1 if something does not compile or --compare finds it worse.
 
     Args:
         target: Architectures to compile for.
         dtype: Which element types; tf32 is float32 with TF32 in matrix products.
-        kernel: Only entries of the catalogue with this text in their name (variant/layer/operation/pass/dtype/layout).
+        kernel: Only entries of the catalogue with this part in their name (variant/layer/operation/pass/dtype/layout),
+            as lrn or conv1; where no part is called so, with this text anywhere in it.
         every: All variants, layouts and inference; by default what differs, for training in channels_last.
         json: File for everything that is known, as JSON.
         chart: File (PNG, SVG, ...) for a chart of the modelled times.
@@ -315,7 +342,7 @@ def tune(
     dtype: tuple[Literal["fp16", "bf16", "fp32"], ...] = ("fp16",),
     inference: bool = False,
     sweep: bool = False,
-    out: Path | None = None,
+    out: Annotated[Path | None, "FILE"] = None,
     device: str | None = None,
 ) -> None:
     """Time the candidates of each layer on this machine's GPU and remember the fastest.
@@ -362,11 +389,11 @@ def bench(
     report(results, out, keep=keep, readme=readme)
 
 
-def visualize_filters(weights: str = PUBLISHED, out: Path = VISUALIZED) -> None:
+def visualize_filters(weights: str = str(DEMO_MODEL), out: Path = VISUALIZED) -> None:
     """Draw the filters of the first convolution: filters.png, and filters.html, a page that opens offline.
 
     Args:
-        weights: IMAGENET1K_V1 for torchvision's published weights, or a file, as for `fastalex predict`.
+        weights: As for `fastalex predict`: a file, by default the demo's model, or IMAGENET1K_V1.
         out: Folder for the results.
     """
     from fastalex.visualize import commands
@@ -377,16 +404,16 @@ def visualize_filters(weights: str = PUBLISHED, out: Path = VISUALIZED) -> None:
 def visualize_activations(
     images: Annotated[tuple[Path, ...], tyro.conf.Positional] = (),
     layer: str = "conv1",
-    weights: str = PUBLISHED,
+    weights: str = str(DEMO_MODEL),
     out: Path = VISUALIZED,
     device: str | None = None,
 ) -> None:
     """Draw what a layer answers to pictures: a PNG file for each of them, and a page with all that opens offline.
 
     Args:
-        images: Picture files; by default four photos that come with scikit-image.
+        images: Picture files; by default four pictures, as for `fastalex predict`.
         layer: conv1, pool1, conv2, ..., fc6, fc7, fc8, or the path of a module, such as features.0.
-        weights: IMAGENET1K_V1 for torchvision's published weights, or a file, as for `fastalex predict`.
+        weights: As for `fastalex predict`: a file, by default the demo's model, or IMAGENET1K_V1.
         out: Folder for the results.
         device: cpu, cuda, cuda:1, ...; by default a GPU if there is one.
     """
@@ -399,7 +426,7 @@ def visualize_similar(
     images: Annotated[tuple[Path, ...], tyro.conf.Positional] = (),
     data: Path | None = None,
     count: int = 6,
-    weights: str = PUBLISHED,
+    weights: str = str(DEMO_MODEL),
     out: Path = VISUALIZED,
     index: Path | None = None,
     device: str | None = None,
@@ -414,7 +441,7 @@ def visualize_similar(
         data: Folder of pictures, or one that `fastalex pack` wrote (its test pictures); by default the Fashion-MNIST
             sample.
         count: How many to find for each.
-        weights: IMAGENET1K_V1 for torchvision's published weights, or a file, as for `fastalex predict`.
+        weights: As for `fastalex predict`: a file, by default the demo's model, or IMAGENET1K_V1.
         out: Folder for the results.
         index: File for the features; by default index.safetensors in the output folder.
         device: cpu, cuda, cuda:1, ...; by default a GPU if there is one.
@@ -477,6 +504,43 @@ def experiment_ablation(
     commands.run(ablation.run, out, data, device=device, epochs=epochs, seeds=seeds, overwrite=overwrite)
 
 
+@functools.cache
+def worded(call: Callable[..., Any]) -> Callable[..., Any]:
+    """The command, with what tyro shows of its arguments: a word for the value, the docstring's lines joined, and the
+    default where it says something.  A text in an annotation is the word of that argument alone."""
+    documented = (introspection.getdoc(call) or "").partition("Args:")[2]
+    if not documented:  # a group of commands, or one without arguments
+        return call
+    helps = dict(re.findall(r"^    (\w+): (.*(?:\n {5,}.*)*)", documented, re.MULTILINE))
+    hints = get_type_hints(call, include_extras=True)
+    for name, kind in hints.items():
+        if name == "return":
+            continue
+        own = next((word for word in getattr(kind, "__metadata__", ()) if isinstance(word, str)), None)
+        hints[name] = Annotated[
+            kind,
+            tyro.conf.arg(
+                metavar=own or WORDS.get(name) or _default_word(name, str(kind)),
+                help=" ".join(helps[name].split()) if name in helps else None,
+                help_behavior_hint=_default_shown,
+            ),
+        ]
+    call.__annotations__ = hints
+    return call
+
+
+def _default_word(name: str, kind: str) -> str | None:
+    """None leaves it to tyro: flags have no value, and choices name themselves."""
+    if "Literal" in kind or "bool" in kind:
+        return None
+    number = "N ..." if "tuple" in kind else "N"
+    return number if re.search(r"\bint\b", kind) else name.upper().replace("_", "-")
+
+
+def _default_shown(default: str) -> str:
+    return "" if default in ("", "''", "None", "False") else f"(default: {default})"
+
+
 def group(summary: str, commands: dict[str, Callable[..., Any]]) -> Callable[..., Any]:
     """A command that has commands of its own."""
 
@@ -484,7 +548,9 @@ def group(summary: str, commands: dict[str, Callable[..., Any]]) -> Callable[...
 
     run.__doc__ = summary
     if tyro is not None:
-        kinds = tuple(Annotated[Any, tyro.conf.subcommand(name, constructor=call)] for name, call in commands.items())
+        kinds = tuple(
+            Annotated[Any, tyro.conf.subcommand(name, constructor=worded(call))] for name, call in commands.items()
+        )
         run.__annotations__ = {"command": Annotated[Union[kinds], tyro.conf.arg(name="")]}  # noqa: UP007, a tuple
     return run
 
@@ -513,9 +579,30 @@ COMMANDS: dict[str, Callable[..., Any]] = {
 }
 
 
+def version() -> str:
+    """The versions of what computes."""
+    import platform
+    from importlib import metadata
+
+    import torch
+
+    import fastalex
+
+    parts = [f"fastalex {fastalex.__version__}", f"Python {platform.python_version()}", f"torch {torch.__version__}"]
+    for name in ("triton", "numba"):
+        try:
+            parts.append(f"{name} {metadata.version(name)}")
+        except metadata.PackageNotFoundError:
+            parts.append(f"no {name}")
+    return ", ".join(parts)
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line; wrong input ends with one line on stderr and exit code 2."""
     given = sys.argv[1:] if arguments is None else list(arguments)
+    if given[:1] == ["--version"]:
+        print(version())
+        return
     if given[:1] == ["check"]:
         # which parses its own arguments: it runs where tyro is missing
         from fastalex.check.command import main as check
@@ -523,12 +610,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
         raise SystemExit(check(given[1:]))
     if tyro is None:
         fail("the command line needs tyro: pip install 'fastalex[cli]'")
+    tyro._experimental_options["ansi_codes"] = not os.environ.get("NO_COLOR")
     try:
-        tyro.extras.subcommand_cli_from_dict(
-            COMMANDS,
+        tyro.cli(
+            group("", COMMANDS),
             prog="fastalex",
-            description="AlexNet as fast as the hardware allows: train it, measure it, let it name pictures.",
+            description=DESCRIPTION,
             args=arguments,
+            config=(tyro.conf.DisallowNone, tyro.conf.FlagCreatePairsOff),
         )
     except ModuleNotFoundError as error:
         package = (error.name or "").partition(".")[0]
@@ -537,3 +626,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
         fail(f"this command needs {package}: pip install 'fastalex[cli]'")
     except (OSError, ValueError, FloatingPointError) as error:
         fail(error)
+    except KeyboardInterrupt:
+        print("fastalex: stopped", file=sys.stderr)
+        raise SystemExit(130) from None

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from fastalex.checkpoint import DEMO_MODEL
 from fastalex.data.image_sets import FashionMNIST
 from fastalex.evaluation.metrics import evaluate
 from fastalex.training.loop import train
@@ -18,7 +19,7 @@ from fastalex.training.recipes import DEMO_RECIPE
 from fastalex.visualize import figures
 from fastalex.visualize.console import ProgressBar, console, print_predictions, print_scores
 
-FOLDER = Path("runs/demo")
+FOLDER = DEMO_MODEL.parent
 PRINTED, SHOWN, STRIDE = 10, 24, 107
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from fastalex import AlexNet
-from fastalex.describe import _torch_layers, describe
+from fastalex.describe import _torch_layers, counted, describe
 from fastalex.variants import VARIANTS
 
 
@@ -95,3 +95,11 @@ def test_json_holds_everything(paper):
 def test_bad_arguments(arguments, message):
     with pytest.raises(ValueError, match=message):
         describe(*arguments)
+
+
+@pytest.mark.parametrize(
+    ("number", "words", "expected"),
+    [(1, ("picture",), "1 picture"), (0, ("picture",), "0 pictures"), (1234, ("class", "classes"), "1,234 classes")],
+)
+def test_counted(number, words, expected):
+    assert counted(number, *words) == expected

@@ -20,7 +20,7 @@ from fastalex.inspection.compiler import TARGETS
 
 DESCRIPTION = """Does fastalex work on this machine, and what is gained?  Compiles every kernel, compares it with
 float64, then times it, whole models and all candidates of their convolutions against PyTorch.  Each stage has a process
-of its own; what is done is in OUT/check.jsonl line by line, and a second call goes on from there.  OUT/check.md holds
+of its own; what is done is in check.jsonl, line by line, and a second call goes on from there.  check.md holds
 the tables.  Exit code 1 if anything is wrong."""
 
 
@@ -28,12 +28,14 @@ def parser() -> argparse.ArgumentParser:
     out = argparse.ArgumentParser(prog="fastalex check", description=DESCRIPTION)
     out.add_argument("--device", choices=("cuda", "cpu"), help="by default a GPU if there is one")
     out.add_argument("--minutes", type=float, default=5.0, help="when to end, finished or not (default 5)")
-    out.add_argument("--out", type=Path, default=Path("runs/check"), help="folder for results (default runs/check)")
+    out.add_argument(
+        "--out", type=Path, metavar="FOLDER", default=Path("runs/check"), help="folder for results (default runs/check)"
+    )
     out.add_argument("--stage", action="append", choices=[stage.name for stage in STAGES], help="only this; repeatable")
     out.add_argument(
-        "--cache", type=Path, metavar="DIR", help="Triton's cache: what --prepare left, or an empty folder"
+        "--cache", type=Path, metavar="FOLDER", help="Triton's cache: what --prepare left, or an empty folder"
     )
-    out.add_argument("--prepare", type=Path, metavar="DIR", help="only compile into this cache, without a GPU")
+    out.add_argument("--prepare", type=Path, metavar="FOLDER", help="only compile into this cache, without a GPU")
     out.add_argument("--target", default="sm_90", choices=TARGETS, help="of --prepare (default sm_90)")
     return out
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Literal
 
 from fastalex.data.packed import verify as verify_packed
+from fastalex.describe import counted
 from fastalex.visualize.console import PackingBar, console, tell
 
 
@@ -32,7 +33,7 @@ def pack(
         raise SystemExit(130) from None
     counts = ", ".join(f"{count:,} {split}" for split, count in packed.pictures.items())
     skipped = f"; {len(packed.failures):,} could not be read" if packed.failures else ""
-    ignored = f"; {packed.ignored:,} files are no pictures" if packed.ignored else ""
+    ignored = f"; {counted(packed.ignored, 'file')} left out, no picture" if packed.ignored else ""
     before = packed.resumed == sum(packed.pictures.values()) + len(packed.failures)
     tell(f"{target} was packed before: {counts}{skipped}" if before else f"wrote {target}: {counts}{skipped}{ignored}")
 

@@ -34,6 +34,7 @@ from fastalex.data import sources
 from fastalex.data.decode import decode, square
 from fastalex.data.packed import FORMAT, META, VERSION, checksum, is_packed, read_meta
 from fastalex.data.sources import Item, Source
+from fastalex.describe import counted
 from fastalex.files import replacing, sync_folder
 
 # Pictures that one process packs at a time, and that one checksum covers: 50 MB at 256x256, less than a second.
@@ -372,7 +373,9 @@ def finish(
         labels = np.array([label for entry in done for label in entry["labels"]], np.int32)
         failures[split] = [failure for entry in done for failure in entry["failures"]]
         if not (labels >= 0).any():
-            raise ValueError(f"none of the {len(items)} pictures of {split!r} could be read: {failures[split][0]}")
+            raise ValueError(
+                f"none of {counted(len(items), 'picture')} of {split!r} could be read: {failures[split][0]}"
+            )
         content = io.BytesIO()
         np.save(content, labels)
         files = {"labels.npy": content.getvalue(), "paths.json": json.dumps([item.name for item in items]).encode()}

@@ -19,6 +19,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from fastalex.describe import counted
+
 ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff", ".webp")
 TAR_ENDINGS = ("jpg", "jpeg", "png")
 GROUND_TRUTHS = ("LOC_val_solution.csv", "val.txt", "ILSVRC2012_validation_ground_truth.txt")
@@ -200,7 +202,7 @@ def label_flat(root: Path, files: list[str], numbers: dict[str, int], given: Pat
         rows = [line.split() for line in lines if line.strip()]
     if all(len(row) == 1 for row in rows):
         if len(rows) != len(files):
-            raise ValueError(f"{truth} has {len(rows)} labels for {len(files)} pictures")
+            raise ValueError(f"{truth} has {counted(len(rows), 'label')} for {counted(len(files), 'picture')}")
         rows = [[file, *row] for file, row in zip(files, rows, strict=True)]
     labels = {Path(row[0]).stem: row[-1] for row in rows}
     if all(label.isdecimal() for label in labels.values()) and "0" not in labels.values():

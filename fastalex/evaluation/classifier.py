@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import io
 import re
 from pathlib import Path
 
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from torchvision.transforms.v2 import functional as transforms
 
 from fastalex.alexnet import AlexNet
-from fastalex.checkpoint import ModelCard, load_model
+from fastalex.checkpoint import DEMO_MODEL, ModelCard, load_model
 from fastalex.data.decode import in_8_bits
 from fastalex.data.preprocessing import Preprocessing, centre_crop
+from fastalex.describe import counted
 from fastalex.evaluation.metrics import ten_crop_probabilities
-from fastalex.weights import alexnet
+from fastalex.weights import TORCHVISION_WEIGHTS, alexnet
 
 IMAGENET_CLASSES = 1000
 # Half a gigabyte in memory; below Pillow's own limit of 179 million, where it warns already above 89 million
@@ -29,12 +31,18 @@ def load_classifier(weights: str) -> tuple[AlexNet, ModelCard]:
 
     Raises FileNotFoundError, or ValueError for a file that does not say what its classes are called.
     """
+    if weights == str(DEMO_MODEL) and not DEMO_MODEL.is_file():
+        raise FileNotFoundError(
+            f"no {DEMO_MODEL} yet: run `fastalex demo` first, which trains that model in minutes, or name weights: a "
+            f"file, or --weights {next(iter(TORCHVISION_WEIGHTS))} for torchvision's, which know ImageNet's "
+            f"{IMAGENET_CLASSES:,} classes"
+        )
     if weights.endswith(".safetensors"):
         return load_model(Path(weights))
     model = alexnet(weights)
     if model.num_classes != IMAGENET_CLASSES:
         raise ValueError(
-            f"{weights} has {model.num_classes} classes and no names for them; "
+            f"{weights} has {counted(model.num_classes, 'class', 'classes')} and no names for them; "
             f"only files that `fastalex train` wrote and ImageNet's {IMAGENET_CLASSES} classes can be used here"
         )
     from torchvision.models import AlexNet_Weights
@@ -52,7 +60,7 @@ def check_classes(card: ModelCard, classes: tuple[str, ...]) -> None:
     if card.classes == classes or (numbers and len(classes) == len(card.classes) == IMAGENET_CLASSES):
         return
     raise ValueError(
-        f"the model knows {len(card.classes)} classes ({card.classes[0]}, ...), "
+        f"the model knows {counted(len(card.classes), 'class', 'classes')} ({card.classes[0]}, ...), "
         f"the pictures have {len(classes)} ({classes[0]}, ...): they must be the same"
     )
 
@@ -62,32 +70,47 @@ def read_picture(path: Path, preprocessing: Preprocessing) -> Tensor:
 
     Raises what `open_picture` does.
     """
-    image = open_picture(path, "L" if preprocessing.channels == 1 else "RGB")
+    return prepared(open_picture(path, "L" if preprocessing.channels == 1 else "RGB"), preprocessing)
+
+
+def prepared(image: Image.Image, preprocessing: Preprocessing) -> Tensor:
+    """An image in the model's mode, in its size: uint8 (C, resize.., resize..)."""
     return transforms.pil_to_tensor(transforms.resize(image, [preprocessing.resize]))
 
 
 def open_picture(path: Path, mode: str) -> Image.Image:
     """An image file, upright, in Pillow's mode "L" or "RGB".
 
-    Raises FileNotFoundError, or ValueError for a file that is no image, one of more than MAX_PIXELS, and one whose long
-    side is more than MAX_ASPECT times its short side; both would take gigabytes, the second after resizing.
+    Raises FileNotFoundError, or ValueError as `picture_in`.
     """
     if not path.is_file():
         raise FileNotFoundError(f"no such file: {path}")
+    return picture_in(path, str(path), mode)
+
+
+def picture_in(content: Path | bytes, name: str, mode: str) -> Image.Image:
+    """An encoded picture, upright, in Pillow's mode "L" or "RGB"; errors call it `name`.
+
+    Raises ValueError for what is no image, one of more than MAX_PIXELS, and one whose long side is more than MAX_ASPECT
+    times its short side; both would take gigabytes, the second after resizing.
+    """
+    refusal = ""
     try:
-        with Image.open(path) as file:
+        with Image.open(io.BytesIO(content) if isinstance(content, bytes) else content) as file:
             width, height = file.size
             if width * height > MAX_PIXELS:
-                raise ValueError(f"{path} has {width}x{height} pixels, more than {MAX_PIXELS:,}: make it smaller first")
-            if max(width, height) > MAX_ASPECT * min(width, height):
-                raise ValueError(f"{path} has {width}x{height} pixels: one side is over {MAX_ASPECT} times the other")
-            return in_8_bits(ImageOps.exif_transpose(file)).convert(mode)
+                refusal = f"has {width}x{height} pixels, more than {MAX_PIXELS:,}: make it smaller first"
+            elif max(width, height) > MAX_ASPECT * min(width, height):
+                refusal = f"has {width}x{height} pixels: one side is over {MAX_ASPECT} times the other"
+            else:
+                return in_8_bits(ImageOps.exif_transpose(file)).convert(mode)
     except Image.DecompressionBombError:
-        raise ValueError(f"{path} has more than {MAX_PIXELS:,} pixels: make it smaller first") from None
+        refusal = f"has more than {MAX_PIXELS:,} pixels: make it smaller first"
+    except UnidentifiedImageError:
+        refusal = "is not an image that can be read (no format that Pillow knows)"
     except Exception as error:  # whatever a decoder trips over in foreign bytes
-        if str(path) in str(error) and isinstance(error, ValueError):
-            raise
-        raise ValueError(f"{path} is not an image that can be read ({error or type(error).__name__})") from None
+        refusal = f"is not an image that can be read ({error or type(error).__name__})"
+    raise ValueError(f"{name} {refusal}")
 
 
 @torch.inference_mode()

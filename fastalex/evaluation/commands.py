@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Literal
 
 import torch
+from torch import Tensor
 
 from fastalex.data.choose import open_images
-from fastalex.data.photos import default_photos
+from fastalex.describe import counted
 from fastalex.devices import find_device
-from fastalex.evaluation.classifier import check_classes, classify, load_classifier, read_picture
+from fastalex.evaluation import inputs
+from fastalex.evaluation.classifier import check_classes, classify, load_classifier
 from fastalex.evaluation.metrics import evaluate as scores_of
 from fastalex.evaluation.report import as_json
 from fastalex.files import write_whole
 from fastalex.visualize import figures
-from fastalex.visualize.console import console, print_classes, print_predictions, print_scores, tell
+from fastalex.visualize.console import print_classes, print_predictions, print_scores, tell, tell_progress
+
+BATCH = 32
+SHOWN = 24  # in the figure
 
 
 def evaluate(
@@ -47,17 +53,81 @@ def evaluate(
         report = as_json(scores, confusion, card.classes, weights=weights, data=str(data or "sample"), crops=crops)
         write_whole(out / "scores.json", json.dumps(report))
         figures.confusion_matrix(confusion, card.classes, out / "confusion.png")
-        console.print(f"wrote {out / 'scores.json'} and {out / 'confusion.png'}", soft_wrap=True)
+        tell(f"wrote {out / 'scores.json'} and {out / 'confusion.png'}")
 
 
-def predict(paths: Sequence[Path], weights: str, *, top: int, ten_crop: bool, out: Path, device: str | None) -> None:
-    """Print the likeliest classes of pictures (by default, of the photos that come with scikit-image) and draw them."""
+def predict(
+    names: Sequence[str],
+    weights: str,
+    *,
+    top: int,
+    ten_crop: bool,
+    out: Path,
+    json_file: Path | None,
+    device: str | None,
+) -> None:
+    """Print the likeliest classes of pictures (by default, of four), draw the first SHOWN, write all as JSON.
+
+    names: as of `fastalex.evaluation.inputs`.  Pictures that cannot be read are named on stderr, and the others go on.
+    Raises SystemExit(1) at the end if there were some, and what was wrong with it, or ValueError, if there was nothing
+    else.
+    """
     if top < 1:
         raise ValueError(f"--top must be at least 1, got {top}")
-    files = paths or default_photos()
     model, card = load_classifier(weights)
-    images = [read_picture(path, card.preprocessing) for path in files]
-    probabilities = classify(model.to(find_device(device)), images, card.preprocessing, ten_crop=ten_crop)
-    print_predictions([str(path) for path in paths] or [path.name for path in files], probabilities, card.classes, top)
-    figures.predictions(images, [path.name for path in files], probabilities, card.classes, out, top)
-    console.print(f"wrote {out}", soft_wrap=True)
+    model = model.to(find_device(device))
+    tell(f"{weights}: variant {card.variant.name}, {counted(len(card.classes), 'class', 'classes')}")
+    wanted = inputs.expanded(names)
+    failures: dict[str, Exception] = {}
+
+    def pictures() -> Iterator[tuple[str, Tensor]]:
+        if not names:
+            yield from inputs.default_pictures(card)
+        for name in wanted:
+            try:
+                yield name, inputs.read(name, card.preprocessing)
+            except (OSError, ValueError) as error:
+                failures[name] = error
+                if len(wanted) > 1:
+                    tell_progress(f"fastalex: left out: {error}")
+
+    found: list[str] = []
+    shown: list[Tensor] = []
+    parts: list[Tensor] = []
+    left = pictures()
+    while batch := list(islice(left, BATCH)):
+        found += [name for name, _ in batch]
+        parts.append(classify(model, [image for _, image in batch], card.preprocessing, ten_crop=ten_crop))
+        shown += [image for _, image in batch][: SHOWN - len(shown)]
+        if len(found) % (10 * BATCH) == 0:
+            tell_progress(f"{len(found):,} of {counted(len(wanted), 'picture')}")
+    if not found:
+        if len(wanted) == 1:
+            raise failures[wanted[0]]
+        raise ValueError(f"none of {len(wanted):,} pictures can be read")
+    probabilities = torch.cat(parts)
+    print_predictions(found, probabilities, card.classes, top)
+    figures.predictions(shown, list(map(inputs.short, found[:SHOWN])), probabilities[:SHOWN], card.classes, out, top)
+    if json_file is not None:
+        best = probabilities.topk(min(top, len(card.classes)))
+        report = {
+            "weights": weights,
+            "pictures": [
+                {
+                    "picture": name,
+                    "classes": [{"class": card.classes[i], "probability": p} for p, i in zip(*row, strict=True)],
+                }
+                for name, *row in zip(found, best.values.tolist(), best.indices.tolist(), strict=True)
+            ],
+            "left_out": [{"picture": name, "reason": str(error)} for name, error in failures.items()],
+        }
+        write_whole(json_file, json.dumps(report, indent=2, ensure_ascii=False) + "\n")
+    drawn = f" (the first {SHOWN} of {len(found):,} pictures)" if len(found) > SHOWN else ""
+    tell(f"wrote {out}{drawn}" + (f" and {json_file}" if json_file is not None else ""))
+    if failures:
+        tell_progress(
+            f"fastalex: error: {len(failures):,} of {counted(len(wanted), 'picture')} left out: "
+            + ", ".join([*failures][:3])
+            + (", ..." if len(failures) > 3 else "")
+        )
+        raise SystemExit(1)

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from fastalex.alexnet import AlexNet
 from fastalex.data.preprocessing import random_crop, random_flip
+from fastalex.describe import counted
 from fastalex.experiments.pictures import load_pictures
 from fastalex.experiments.runs import Interval, Result, Store, interval
 from fastalex.files import write_whole
@@ -208,8 +209,9 @@ def run(
 def table(found: list[Finding], settings: Settings) -> str:
     """Markdown."""
     lines = [
-        f"A narrow AlexNet on {settings.pictures}, {settings.epochs} epochs, {settings.seeds} seeds; errors in "
-        "percent, gains in points, 95 % confidence intervals. An interval that contains 0 shows no effect.",
+        f"A narrow AlexNet on {settings.pictures}, {counted(settings.epochs, 'epoch')}, "
+        f"{counted(settings.seeds, 'seed')}; errors in percent, gains in points, "
+        "95 % confidence intervals. An interval that contains 0 shows no effect.",
         "",
         "| ingredient | top-1 error without it | gain, top-1 | gain, top-5 | paper's gain, top-1 / top-5 |",
         "|---|---|---|---|---|",
@@ -238,8 +240,8 @@ def draw(found: list[Finding], settings: Settings, path: Path) -> None:
     figure = Figure(figsize=(10, 0.55 * len(rows) + 1.5), dpi=DPI, layout="constrained")
     axes = figure.subplots()
     figure.suptitle(
-        f"What each ingredient is worth: ours on {settings.pictures}, {settings.epochs} epochs, "
-        f"{settings.seeds} seeds;\nthe paper's on ILSVRC-2010, about 90 epochs",
+        f"What each ingredient is worth: ours on {settings.pictures}, {counted(settings.epochs, 'epoch')}, "
+        f"{counted(settings.seeds, 'seed')};\nthe paper's on ILSVRC-2010, about 90 epochs",
         fontsize=11,
     )
     for place, (about, gain) in enumerate(rows):

@@ -23,6 +23,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 from torch import Tensor, nn
 
+from fastalex.describe import counted
 from fastalex.experiments.pictures import load_pictures
 from fastalex.experiments.runs import Interval, Result, Store, interval
 from fastalex.files import write_whole
@@ -259,7 +260,7 @@ def table(found: list[Finding], settings: Settings) -> str:
     paper = {"relu": "1", "tanh": "about 6", "sigmoid": "-"}
     lines = [
         f"Iterations (batches of {settings.batch_size}) to {settings.threshold:.0%} training error on "
-        f"{settings.pictures}; {settings.seeds} seeds, 95 % confidence intervals.",
+        f"{settings.pictures}; {counted(settings.seeds, 'seed')}, 95 % confidence intervals.",
         "",
         "| unit | learning rate | iterations | times ReLU's | paper, CIFAR-10 at 25 % |",
         "|---|---|---|---|---|",
@@ -300,7 +301,7 @@ def draw(found: list[Finding], runs: dict[str, Result], settings: Settings, path
         xlabel=f"iterations (batches of {settings.batch_size})", ylabel="training error", ylim=(0, 1), xlim=(0, None)
     )
     curves.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
-    curves.legend(title=f"{settings.seeds} seeds each")
+    curves.legend(title=f"{counted(settings.seeds, 'seed')} each")
 
     rows: list[tuple[str, float, tuple[float, float] | None, str, str]] = []
     for finding in found[1:]:

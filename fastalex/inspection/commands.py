@@ -5,7 +5,29 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from fastalex.describe import counted
 from fastalex.inspection import machine_code
+from fastalex.visualize.console import WorkBar, tell_progress
+
+
+def rows(names: Sequence[str], targets: Sequence[str]) -> list[machine_code.Row]:
+    """`machine_code.rows`, with what is to be done, and a bar over it, on stderr."""
+    from fastalex.inspection import compiler
+
+    missing = compiler.uncached(machine_code.requests(names, targets))
+    traffic = sum(target == "traffic" for _, target in missing)
+    tell_progress(
+        f"{counted(len(names), 'entry', 'entries')} for {', '.join(targets)}: "
+        f"{counted(len(missing) - traffic, 'compilation')} and {counted(traffic, 'count')} of DRAM bytes to do"
+        + (f", about {duration(compiler.expected_seconds(missing))}" if missing else ", all of it is in the cache")
+    )
+    with WorkBar(len(missing)) as bar:
+        return machine_code.rows(names, targets, bar.advance)
+
+
+def duration(seconds: float) -> str:
+    """Roughly, for a person."""
+    return counted(round(seconds), "second") if seconds < 90 else counted(round(seconds / 60), "minute")
 
 
 def print_chips() -> None:
@@ -31,7 +53,7 @@ def inspect(
     """
     old = None if compare is None else machine_code.load(compare)
     names = machine_code.names(dtypes, kernel, every)
-    found = machine_code.rows(names, targets)
+    found = rows(names, targets)
     if json is not None:
         machine_code.save(json, found)
     if markdown is not None:

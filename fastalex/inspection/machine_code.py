@@ -8,7 +8,7 @@ shown.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,8 @@ TABLES = {
 
 
 def names(dtypes: Iterable[str], text: str = "", every: bool = False) -> list[str]:
-    """The catalogue's entries of these dtypes ("tf32": float32 convolutions with TF32) with `text` in their name.
+    """The catalogue's entries of these dtypes ("tf32": float32 convolutions with TF32) that `text` names: those with
+    such a part in their name, as "lrn", or, where there are none, with this text anywhere in it.
 
     Unless `every`, those that differ, of training in channels_last: of convolutions the paper's, in fp16 and tf32,
     because bf16's code is fp16's but for the name of an instruction.  Raises ValueError if none is left, and where
@@ -44,7 +45,9 @@ def names(dtypes: Iterable[str], text: str = "", every: bool = False) -> list[st
             if dtype in ("fp16", "tf32"):
                 differing |= {name for name in of_dtype if _is_paper_convolution(name)}
             of_dtype = [name for name in of_dtype if name in differing]
-        found += [name for name in of_dtype if text in name]
+        found += of_dtype
+    parts = [name for name in found if text in name.split("/")]
+    found = parts or [name for name in found if text in name]
     if not found:
         raise ValueError(
             f"no entry of the catalogue has {text!r} in its name; it has such as {next(iter(catalog.ENTRIES))}"
@@ -60,14 +63,20 @@ def _is_paper_convolution(name: str) -> bool:
     return name.startswith("paper/") and name.split("/")[2].startswith("conv_")
 
 
-def rows(names: Sequence[str], targets: Sequence[str]) -> list[Row]:
+def requests(names: Sequence[str], targets: Sequence[str]) -> list[tuple[str, str]]:
+    """What `rows` asks the compiler for: each entry for each target, and its traffic."""
+    return [(name, target) for name in names for target in (*targets, "traffic")]
+
+
+def rows(names: Sequence[str], targets: Sequence[str], done: Callable[[], object] | None = None) -> list[Row]:
     """One row per launch, but those that add up partial sums; an entry that does not compile gives a row with "error".
 
     names: entries of the catalogue.  Compiles what the cache does not hold, for minutes if that is much.
+    done: called, in any thread, after each request that was not in the cache.
     """
     from fastalex.inspection import catalog, compiler
 
-    found = compiler.results([(name, target) for name in names for target in (*targets, "traffic")])
+    found = compiler.results(requests(names, targets), done=done)
     out = []
     for name in names:
         entry = catalog.ENTRIES[name]

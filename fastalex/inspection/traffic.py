@@ -14,7 +14,7 @@ from triton.runtime.interpreter import InterpreterBuilder
 from triton.runtime.jit import KernelInterface
 
 from fastalex.inspection import catalog, interpreter
-from fastalex.kernels import lrn_max_pool, lrn_max_pool_backward, max_pool_3x3s2, relu_bias_grad
+from fastalex.kernels import lrn, lrn_max_pool, lrn_max_pool_backward, max_pool_3x3s2, relu_bias_grad
 
 SECTOR = 32
 
@@ -89,6 +89,7 @@ def cut_as_in_a_batch():
         (relu_bias_grad, "MAX_PARTIALS"),
     ]
     originals = [getattr(module, name) for module, name in thresholds]
+    passes = {name: getattr(lrn, name) for name in ("FORWARD", "BACKWARD")}
     configs = [
         (module, name, getattr(module, name))
         for module, name in ((lrn_max_pool, "forward_config"), (lrn_max_pool_backward, "backward_config"))
@@ -100,8 +101,12 @@ def cut_as_in_a_batch():
             config.cache_clear()
             # the interpreter takes as long for a program of 32 warps as for one of a single warp
             setattr(module, name, lambda *cut, config=config: replace(config(*cut), warps=32))
+        for name, one in passes.items():
+            setattr(lrn, name, replace(one, threads=32 * one.threads, vectors=32 * one.vectors))
         yield
     finally:
+        for name, one in passes.items():
+            setattr(lrn, name, one)
         for (module, name), original in zip(thresholds, originals, strict=True):
             setattr(module, name, original)
         for module, name, config in configs:

@@ -9,10 +9,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fastalex.data.photos import default_photos
-from fastalex.describe import by
+from fastalex.describe import by, counted
 from fastalex.devices import find_device
 from fastalex.evaluation.classifier import load_classifier, read_picture
+from fastalex.evaluation.inputs import default_pictures
 from fastalex.visualize import figures, similar
 from fastalex.visualize.activations import activations
 from fastalex.visualize.console import tell, tell_written
@@ -30,7 +30,8 @@ def filters(weights: str, out: Path) -> None:
         Tile(picture, f"{number}: {low:.2f}, {high:.2f}")
         for number, (picture, (low, high)) in enumerate(zip(figures.filter_tiles(weight), ranges, strict=True))
     ]
-    note = f"{by(weight.shape)} weights, variant {card.variant.name}; each kernel stretched to its own range."
+    meaning = "" if weight.shape[1] == 3 else "; red answers to bright, blue to dark"
+    note = f"{by(weight.shape)} weights, variant {card.variant.name}; each kernel at its own contrast{meaning}."
     write_page(
         page,
         "Filters of the first convolution",
@@ -42,19 +43,18 @@ def filters(weights: str, out: Path) -> None:
 
 def maps(weights: str, paths: Sequence[Path], layer: str, out: Path, *, device: str | None) -> None:
     """activations-LAYER-PICTURE.png for each picture, and activations-LAYER.html with all."""
-    paths = paths or default_photos()
     model, card = load_classifier(weights)
     where = find_device(device)
     model = model.to(where)
+    images = [(path.name, read_picture(path, card.preprocessing)) for path in paths] or [*default_pictures(card)]
     drawings: list[Path] = []
     sections = []
-    images = [read_picture(path, card.preprocessing) for path in paths]
-    for path, image in zip(paths, images, strict=True):
+    for name, image in images:
         found = as_maps(activations(model, card.preprocessing.for_evaluation(image[None].to(where)), layer)[0])
-        drawing = out / f"activations-{layer}-{path.stem}.png"
+        drawing = out / f"activations-{layer}-{Path(name).stem}.png"
         if drawing in drawings:
-            raise ValueError(f"two pictures are called {path.stem}: their files would overwrite each other")
-        figures.activation_maps(image, found, path.name, layer, drawing)
+            raise ValueError(f"two pictures are called {Path(name).stem}: their files would overwrite each other")
+        figures.activation_maps(image, found, name, layer, drawing)
         drawings.append(drawing)
         tiles = [
             Tile(tile, f"{number}: {peak:.2f}")
@@ -65,9 +65,9 @@ def maps(weights: str, paths: Sequence[Path], layer: str, out: Path, *, device: 
         width = min(256, max(72, found.shape[2]))
         sections.append(
             Section(
-                path.name,
+                name,
                 f"{layer}: {by(found.shape)}, each map from its least (dark) to its greatest value (below it).",
-                [Tile(image, path.name), *tiles],
+                [Tile(image, name), *tiles],
                 width,
                 lead=True,
             )
@@ -105,7 +105,7 @@ def similar_pictures(
     collection = similar.open_collection(data, card.preprocessing)
     built = similar.build(index_file, model, card, collection, tell)
     tell(
-        f"{len(built.places):,} pictures, {built.features.shape[1]:,} features each: "
+        f"{counted(len(built.places), 'picture')}, {counted(built.features.shape[1], 'feature')} each: "
         f"{built.computed:,} computed, {len(built.places) - built.computed:,} from {index_file}"
     )
     sheets = similar.find_similar(model, card, collection, built, queries, count)

@@ -21,17 +21,23 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 
-from fastalex.describe import Description, by
+from fastalex.describe import Description, by, counted
 from fastalex.evaluation.metrics import Scores
 from fastalex.evaluation.report import per_class
 from fastalex.training.progress import Callback, Epoch
 
 # names of files and classes are no markup: tables get them as Text, which is none either
 console = Console(markup=False, emoji=False)
+# progress of what prints its result on stdout
+errors = Console(markup=False, emoji=False, stderr=True)
 
 
 def tell(line: str) -> None:
     console.print(line, soft_wrap=True, highlight=False)
+
+
+def tell_progress(line: str) -> None:
+    errors.print(line, soft_wrap=True, highlight=False)
 
 
 def tell_written(paths: Sequence[Path]) -> None:
@@ -112,16 +118,39 @@ class PackingBar:
         if not self._begun:  # an error before that needs no bar
             self._begun = True
             if done:
-                console.print(f"{done:,} pictures were packed before", highlight=False)
+                console.print(f"{counted(done, 'picture')} packed before", highlight=False)
             self._progress.start()
         self._progress.update(self._task, completed=done, total=total)
         for picture, reason in failures:
             console.print(f"skipped {picture}: {reason}", highlight=False, soft_wrap=True)
 
 
+class WorkBar:
+    """A bar on stderr over `total` pieces of work, gone at its end."""
+
+    def __init__(self, total: int) -> None:
+        self._progress = Progress(
+            BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn(), TextColumn("left"),
+            console=errors, transient=True, speed_estimate_period=120,
+        )  # fmt: skip
+        self._task = self._progress.add_task("", total=total)
+
+    def __enter__(self) -> WorkBar:
+        self._progress.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._progress.stop()
+
+    def advance(self) -> None:
+        self._progress.advance(self._task)
+
+
 def print_scores(scores: Scores, pictures: int) -> None:
     top1 = Text(f"top-1 {scores.top1:.1%}", style="bold")
-    console.print(top1, f"  top-5 {scores.top5:.1%}   loss {scores.loss:.3f}   {pictures:,} pictures", highlight=False)
+    console.print(
+        top1, f"  top-5 {scores.top5:.1%}   loss {scores.loss:.3f}   {counted(pictures, 'picture')}", highlight=False
+    )
 
 
 def print_classes(confusion: Tensor, classes: tuple[str, ...], most: int = 20) -> None:
@@ -141,7 +170,8 @@ def print_classes(confusion: Tensor, classes: tuple[str, ...], most: int = 20) -
 def print_predictions(pictures: Sequence[str], probabilities: Tensor, classes: Sequence[str], count: int = 5) -> None:
     """One row a picture: its name and its likeliest classes.  probabilities: (N, classes)."""
     top = probabilities.topk(min(count, len(classes)))
-    table = Table("picture", f"the {top.values.shape[1]} likeliest classes")
+    shown = top.values.shape[1]
+    table = Table("picture", "the likeliest class" if shown == 1 else f"the {shown} likeliest classes")
     for picture, shares, indices in zip(pictures, top.values.tolist(), top.indices.tolist(), strict=True):
         first, *others = (f"{classes[i]} {share:.1%}" for share, i in zip(shares, indices, strict=True))
         table.add_row(Text(picture), Text(first, style="bold") + Text("".join(f", {other}" for other in others)))

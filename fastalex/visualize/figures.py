@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from math import ceil
 from pathlib import Path
@@ -10,12 +11,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from matplotlib import colormaps
+from matplotlib.axis import Axis
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, PercentFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, PercentFormatter
 from torch import Tensor
 
-from fastalex.describe import Description, by
+from fastalex.describe import Description, by, counted
 from fastalex.files import replacing
 
 if TYPE_CHECKING:
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
 
 # Okabe and Ito's colours: told apart with every common kind of colour blindness, and in grey
 BLUE, ORANGE, GREEN, VERMILION, PURPLE, SKY = "#0072b2", "#e69f00", "#009e73", "#d55e00", "#cc79a7", "#56b4e9"
+GREY = "#8c8c8c"
 RIGHT, WRONG = BLUE, ORANGE
 DPI = 100
 
@@ -30,7 +33,9 @@ DPI = 100
 def save(figure: Figure, path: Path) -> None:
     """Write the figure as PNG, whole or not at all; makes the folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as temporary:
+    with replacing(path) as temporary, warnings.catch_warnings():
+        # names in scripts that the font lacks: their boxes say it
+        warnings.filterwarnings("ignore", "Glyph .* missing from")
         figure.savefig(temporary, format="png")
 
 
@@ -79,22 +84,37 @@ def mosaic(tiles: Tensor, columns: int, gap: int = 1) -> Tensor:
 
 
 def filter_tiles(weight: Tensor) -> Tensor:
-    """Kernels (K, C, R, S) of a convolution, each stretched to its own range: uint8, in colour if C is 3, else the mean
-    over the channels."""
+    """Kernels (K, C, R, S) of a convolution as uint8 (K, 3, R, S).
+
+    Of three channels in their colours, each stretched to its own range.  Of others, the mean over the channels, from
+    blue (least) over white (zero) to red (greatest), as far each way as the kernel's largest magnitude.
+    """
     kernels = weight.detach().float().cpu()
-    return stretch(kernels if kernels.shape[1] == 3 else kernels.mean(1, keepdim=True))
+    if kernels.shape[1] == 3:
+        return stretch(kernels)
+    means = kernels.mean(1)
+    signed = means / means.abs().amax((1, 2), keepdim=True).clamp_min(1e-12)
+    scale = torch.from_numpy(colormaps["RdBu_r"](range(256), bytes=True)[:, :3].copy())
+    return scale[((signed + 1) * 127.5).round().long()].permute(0, 3, 1, 2)
 
 
 def filters(weight: Tensor, path: Path) -> None:
-    """The kernels of a first convolution (K, 1 or 3, R, S), each stretched to its own range."""
+    """The kernels of a first convolution (K, C, R, S) as `filter_tiles`, whole pixels of the file a weight."""
     tiles = filter_tiles(weight)
-    columns = 16 if len(tiles) > 32 else 8
-    rows = ceil(len(tiles) / columns)
-    figure = Figure(figsize=(columns * 0.75, rows * 0.75 + 0.5), dpi=DPI, layout="constrained")
-    axes = figure.subplots()
-    axes.set_title(f"The {len(tiles)} filters of the first convolution, {weight.shape[2]}x{weight.shape[3]} pixels")
-    axes.imshow(pixels(mosaic(tiles, columns)), cmap="gray", vmin=0, vmax=255, interpolation="nearest")
-    axes.axis("off")
+    sheet = pixels(mosaic(tiles, min(len(tiles), 16 if len(tiles) > 32 else 8)))
+    per_weight = max(1, round(72 / weight.shape[3]))
+    sheet = sheet.repeat(per_weight, 0).repeat(per_weight, 1)
+    margin, head = 10, 62
+    width, height = max(sheet.shape[1], 560) + 2 * margin, head + sheet.shape[0] + margin
+    figure = Figure(figsize=(width / DPI, height / DPI), dpi=DPI)
+    figure.figimage(sheet, xo=(width - sheet.shape[1]) // 2, yo=margin)
+    meaning = "in their colours" if weight.shape[1] == 3 else "red answers to bright, blue to dark"
+    figure.text(
+        0.5, 1 - 10 / height,
+        f"{counted(len(tiles), 'filter')} of the first convolution, {weight.shape[3]}x{weight.shape[2]} pixels\n"
+        f"each at its own contrast, {meaning}",
+        ha="center", va="top", fontsize=11,
+    )  # fmt: skip
     save(figure, path)
 
 
@@ -118,7 +138,7 @@ def activation_maps(picture: Tensor, maps: Tensor, name: str, layer: str, path: 
     silent = int((maps.flatten(1).amax(1) <= 0).sum())
     sheet.set_title(
         f"{layer}: {by(maps.shape)}, each map from its least (dark) to its greatest value (bright)"
-        + (f"; {silent} answer nothing" if silent else ""),
+        + (f"; {silent} {'answers' if silent == 1 else 'answer'} nothing" if silent else ""),
         fontsize=10,
     )
     for axes in (photo, sheet):
@@ -151,6 +171,18 @@ def shortened(text: str, length: int = 32) -> str:
 def plain(text: str) -> str:
     """A name as it is: matplotlib takes what stands between two dollars for a formula."""
     return text.replace("$", r"\$")
+
+
+def plain_numbers(axis: Axis) -> None:
+    """Ticks of a logarithmic axis as 0.5, 1, 2 and 1,000, not as powers of ten."""
+    low, high = sorted(axis.get_view_interval())
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 1000 * low else (1,)))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: _plain_number(value)))
+    axis.set_minor_formatter(NullFormatter())
+
+
+def _plain_number(value: float) -> str:
+    return f"{value:,.0f}" if value >= 1 and value == round(value) else np.format_float_positional(value, 3, trim="-")
 
 
 def pixels(picture: Tensor) -> np.ndarray:
@@ -253,8 +285,11 @@ def confusion_matrix(confusion: Tensor, classes: Sequence[str], path: Path, labe
     norm = None if few else LogNorm(1e-3, 1, clip=True)
     # a colour map without a dark and a bright end of equal meaning: from nothing (white) to all (dark blue)
     picture = axes.imshow(shares.numpy(), cmap="Blues", **({"vmin": 0, "vmax": 1} if few else {"norm": norm}))
-    axes.set(title=f"{right:.1%} of {int(confusion.sum()):,} pictures recognised", xlabel="taken for", ylabel="is")
-    figure.colorbar(picture, label="share of the class's pictures", shrink=0.8)
+    axes.set(
+        title=f"{right:.1%} of {counted(int(confusion.sum()), 'picture')} recognised", xlabel="taken for", ylabel="is"
+    )
+    bar = figure.colorbar(picture, label="share of the class's pictures", shrink=0.8)
+    bar.ax.yaxis.set_major_formatter(FuncFormatter(lambda share, _: f"{100 * share:g}%"))
     if few:
         axes.set_xticks(range(len(classes)), list(map(plain, classes)), rotation=45, ha="right", rotation_mode="anchor")
         axes.set_yticks(range(len(classes)), list(map(plain, classes)))
@@ -282,15 +317,15 @@ def layers(description: Description, path: Path) -> None:
     )
     parameters, flops, memory = figure.subplots(1, 3, sharey=True)
     for axes, column, unit, colour, title in (
-        (parameters, "parameters", 1e6, BLUE, "Parameters, millions"),
-        (flops, "flops", 1e6, GREEN, "Arithmetic, MFLOP per picture"),
+        (parameters, "parameters", 1e6, GREY, "Parameters, millions"),
+        (flops, "flops", 1e6, GREY, "Arithmetic, MFLOP per picture"),
     ):
         bars = axes.barh(places, sums(column, unit), color=colour)
         axes.bar_label(bars, fmt="{:,.2f}" if column == "parameters" else "{:,.0f}", padding=3, fontsize=8)
         axes.set_title(title, fontsize=11)
     for offset, column, colour, label in (
         (-0.2, "eager_bytes", ORANGE, "torch.nn"),
-        (0.2, "fused_bytes", PURPLE, "fastalex"),
+        (0.2, "fused_bytes", BLUE, "fastalex"),
     ):
         total = description.total(column) / 1e6
         bars = memory.barh(

@@ -1,4 +1,8 @@
-"""A page that holds its pictures: one HTML file, no scripts, nothing to load."""
+"""A page that holds its pictures: one HTML file, no scripts, nothing to load.
+
+A click on a picture makes it the address's fragment, and the style shows that one over the whole window; a second click
+leaves it.
+"""
 
 from __future__ import annotations
 
@@ -22,6 +26,12 @@ h1 { font-size: 1.6rem; } h2 { font-size: 1.15rem; margin: 2rem 0 .5rem; overflo
 figure { margin: 0; } figure.first { border-right: 2px solid #0072b2; padding-right: .6rem; }
 img { display: block; image-rendering: pixelated; background: #888; }
 figcaption { font-size: .8rem; overflow-wrap: anywhere; }
+a.open { cursor: zoom-in; } a.close { display: none; }
+figure:target { position: fixed; inset: 0; z-index: 1; width: auto !important; padding: 0; border: 0; display: flex;
+  flex-direction: column; align-items: center; justify-content: center; background: Canvas; }
+figure:target img { width: auto; height: 86vh; max-width: 96vw; object-fit: contain; background: none; }
+figure:target figcaption { font-size: 1rem; }
+figure:target a.close { display: block; position: absolute; inset: 0; cursor: zoom-out; }
 """
 
 
@@ -51,13 +61,17 @@ def data_uri(picture: Tensor) -> str:
 
 def write_page(path: Path, title: str, note: str, sections: Sequence[Section]) -> None:
     body = []
+    number = 0
     for heading, text, tiles, width, lead in sections:
         figures = []
         for position, (picture, caption) in enumerate(tiles):
+            number += 1
             first = ' class="first"' if lead and position == 0 else ""
             image = f'<img src="{data_uri(picture)}" width="{width}" alt="{escape(caption)}">'
             figures.append(
-                f'<figure{first} style="width:{width}px">{image}<figcaption>{escape(caption)}</figcaption></figure>'
+                f'<figure id="picture-{number}"{first} style="width:{width}px">'
+                f'<a class="open" href="#picture-{number}">{image}</a><figcaption>{escape(caption)}</figcaption>'
+                '<a class="close" href="#none" aria-label="close"></a></figure>'
             )
         body.append(
             f'<h2>{escape(heading)}</h2>\n<p>{escape(text)}</p>\n<div class="tiles">\n'

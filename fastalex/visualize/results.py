@@ -11,7 +11,25 @@ from matplotlib.figure import Figure
 
 from fastalex import results
 from fastalex.results import OURS, Result
+from fastalex.visualize.figures import BLUE, GREEN, ORANGE, PURPLE, SKY, VERMILION, plain, plain_numbers, save
 
+# one in all charts
+COLOURS = {
+    OURS: BLUE,
+    "fastalex-nchw": SKY,
+    "fastalex-graph": "#000000",
+    "eager": ORANGE,
+    "eager-nchw": VERMILION,
+    "compile": GREEN,
+    "compile-max-autotune": "#66c2a5",
+    "tensorrt": "#999900",
+    "onnxruntime": PURPLE,
+    "openvino": "#7f6000",
+    "torchvision": "#7f7f7f",
+    "torchmetrics": "#a0522d",
+    "lpips": "#4b0082",
+}
+OTHER = "#b0b0b0"
 WHOLE_MODEL = ("inference", "step")
 
 
@@ -44,7 +62,7 @@ def charts(result: Result, folder: Path) -> list[Path]:
 
     def draw(name: str, figure: Figure | None) -> None:
         if figure is not None:
-            figure.savefig(folder / name)
+            save(figure, folder / name)
             written.append(folder / name)
 
     draw("speedup_operations.png", speedups(operations, names, f"Operations: {results.machine(result)}"))
@@ -62,9 +80,10 @@ def speedups(groups: dict[str, dict[str, Result]], names: Sequence[str], title: 
     for name in names:
         points = [(found[OURS]["ratio"][name], y) for y, found in enumerate(groups.values()) if name in found]
         if points:
-            axes.plot(*zip(*points, strict=True), "o", markersize=5, label=name)
+            axes.plot(*zip(*points, strict=True), "o", markersize=5, color=COLOURS.get(name, OTHER), label=plain(name))
     axes.axvline(1, color="#444444", linewidth=1)
     axes.set(xscale="log", xlabel="time / time of fastalex (right of 1, fastalex is faster)")
+    plain_numbers(axes.xaxis)
     axes.legend(fontsize=8)
     return figure
 
@@ -83,7 +102,7 @@ def rates(result: Result, names: Sequence[str]) -> Figure | None:
             if case["provider"] == name
         ]
         if points:
-            axes.plot(*zip(*points, strict=True), "o", markersize=5, label=name)
+            axes.plot(*zip(*points, strict=True), "o", markersize=5, color=COLOURS.get(name, OTHER), label=plain(name))
     axes.axvline(100, color="#444444", linewidth=1)
     axes.set(xlim=(0, None), xlabel="percent of the measured copy rate or matrix rate, whichever is nearer")
     axes.legend(fontsize=8)
@@ -91,8 +110,8 @@ def rates(result: Result, names: Sequence[str]) -> Figure | None:
 
 
 def memory(result: Result, names: Sequence[str]) -> Figure | None:
-    """The most device memory that each provider held, in GB."""
-    cases = [case for case in result["cases"] if "peak_bytes" in case]
+    """The most device memory that each provider held, in GB; not of a graph, whose memory is there before it runs."""
+    cases = [case for case in result["cases"] if "peak_bytes" in case and not case["provider"].endswith("-graph")]
     if not cases:
         return None
     groups = list(dict.fromkeys(case["group"] for case in cases))
@@ -100,8 +119,9 @@ def memory(result: Result, names: Sequence[str]) -> Figure | None:
     for name in names:
         points = [(case["peak_bytes"] / 1e9, groups.index(case["group"])) for case in cases if case["provider"] == name]
         if points:
-            axes.plot(*zip(*points, strict=True), "o", markersize=5, label=name)
+            axes.plot(*zip(*points, strict=True), "o", markersize=5, color=COLOURS.get(name, OTHER), label=plain(name))
     axes.set(xscale="log", xlabel="GB: inputs, parameters, and what a run allocates")
+    plain_numbers(axes.xaxis)
     axes.legend(fontsize=8)
     return figure
 
@@ -109,9 +129,9 @@ def memory(result: Result, names: Sequence[str]) -> Figure | None:
 def _lines(labels: Sequence[str], title: str) -> tuple[Figure, Any]:
     """An empty figure with one labelled line per case."""
     figure = Figure(figsize=(10, 0.28 * len(labels) + 1.8), dpi=100, layout="constrained")
-    figure.suptitle(title, fontsize=10)
+    figure.suptitle(plain(title), fontsize=10)
     axes = figure.subplots()
-    axes.set_yticks(range(len(labels)), labels, fontsize=8)
+    axes.set_yticks(range(len(labels)), list(map(plain, labels)), fontsize=8)
     axes.set_ylim(len(labels) - 0.5, -0.5)
     axes.grid(axis="x", alpha=0.3)
     return figure, axes

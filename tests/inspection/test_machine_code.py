@@ -1,6 +1,7 @@
 """Rows, tables, files and comparison of `fastalex inspect`, on results that no compiler had to make."""
 
 import json
+import re
 
 import pytest
 
@@ -24,7 +25,7 @@ def answers(monkeypatch):
     """Stands for the compiler: what it answers per target, for every entry."""
     found = {"sm_90": [LAUNCH, SUM], "sm_80": [LAUNCH, SUM], "traffic": [MOVED, {**MOVED, "kernel": SUM["kernel"]}]}
     found["gfx942"] = [{**LAUNCH, "instructions": None, "pipes": {}}, SUM]
-    monkeypatch.setattr(compiler, "results", lambda asked: {request: found[request[1]] for request in asked})
+    monkeypatch.setattr(compiler, "results", lambda asked, done: {request: found[request[1]] for request in asked})
     return found
 
 
@@ -233,6 +234,40 @@ def test_other_files_are_refused(content, tmp_path):
     path.write_text(content)
     with pytest.raises(ValueError, match="is not a file that `fastalex inspect --json` wrote"):
         machine_code.load(path)
+
+
+def test_names_by_a_part_or_by_any_text():
+    """ "lrn" is the operation and not the beginning of lrn_max_pool."""
+    parts = {name.split("/")[2] for name in machine_code.names(["fp16"], "lrn")}
+    assert parts == {"lrn"}
+    assert {name.split("/")[2] for name in machine_code.names(["fp16"], "lrn_max")} == {"lrn_max_pool"}
+    assert all("/conv1/" in name for name in machine_code.names(["fp16"], "conv1"))
+    assert machine_code.names(["fp16", "bf16"], NAME) == [NAME]
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_what_is_to_do_is_said_first(cached, answers, capsys, monkeypatch, tmp_path):
+    pytest.importorskip("tyro")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    requests = machine_code.requests([NAME], ["sm_80", "sm_90"])
+    for request in requests if cached else []:
+        compiler.write_atomically(compiler.cache_file(*request), "[]")
+    assert compiler.uncached(requests) == ([] if cached else sorted(requests))
+    cli.main(["inspect", "--kernel", NAME, "--target", "sm_80", "sm_90"])
+    first = capsys.readouterr().err.splitlines()[0]
+    assert first.startswith("1 entry for sm_80, sm_90: ")
+    if cached:
+        assert first.endswith("0 compilations and 0 counts of DRAM bytes to do, all of it is in the cache")
+    else:
+        assert re.search(r"2 compilations and 1 count of DRAM bytes to do, about \d+ seconds?$", first)
+
+
+@pytest.mark.parametrize(("cores", "gigabytes", "expected"), [(2, 16, 2), (64, 8, 8), (4, 0.5, 1)])
+def test_processes_fit_the_machine(cores, gigabytes, expected, monkeypatch):
+    monkeypatch.setattr(compiler.os, "sched_getaffinity", lambda pid: set(range(cores)), raising=False)
+    pages = {"SC_PAGE_SIZE": 4096, "SC_PHYS_PAGES": int(gigabytes * 2**30) // 4096}
+    monkeypatch.setattr(compiler.os, "sysconf", pages.__getitem__)
+    assert compiler.enough_processes() == expected
 
 
 def test_no_entry(capsys):

@@ -2,6 +2,9 @@
 
 import inspect
 import itertools
+import signal
+import threading
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -564,7 +567,9 @@ for line in sys.stdin:
 """
     monkeypatch.setattr(compiler, "WORKER", worker)
     requests = [(name, "sm_90") for name in ("good", "bad", "better")]
-    found = compiler.results(requests, processes=1)
+    done = []
+    found = compiler.results(requests, processes=1, done=lambda: done.append(1))
+    assert len(done) == 3
     assert found["good", "sm_90"] == found["better", "sm_90"] == []
     assert "ended with code 3" in found["bad", "sm_90"]["error"]
 
@@ -572,6 +577,25 @@ for line in sys.stdin:
     monkeypatch.setattr(compiler, "WORKER", "raise SystemExit(4)")
     assert compiler.results(requests[:1]) == {("good", "sm_90"): []}
     assert "code 4" in compiler.results(requests[1:2])["bad", "sm_90"]["error"]
+
+
+def test_ctrl_c_begins_nothing_more(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(compiler, "WORKER", "import sys\nfor line in sys.stdin:\n    print('[]', flush=True)")
+    done = []
+
+    def interrupt():
+        done.append(1)
+        if len(done) == 1:
+            signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+            time.sleep(0.5)
+
+    before = set(threading.enumerate())
+    with pytest.raises(KeyboardInterrupt):
+        compiler.results([(f"entry {i}", "sm_90") for i in range(100)], processes=1, done=interrupt)
+    for thread in set(threading.enumerate()) - before:
+        thread.join(20)
+    assert len(done) == 1
 
 
 def test_results_are_kept_while_what_they_depend_on_stays():
