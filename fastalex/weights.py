@@ -12,12 +12,15 @@ import torch
 from torch import Tensor
 
 from fastalex.alexnet import AlexNet, fitting_variants, parameter_shapes
+from fastalex.foreign import caffe, zoo
 from fastalex.variants import VARIANTS, Variant, find_variant
 
 METADATA_KEY = "fastalex"  # of the JSON in a safetensors file's metadata that describes the model: `checkpoint.py`
 TORCHVISION_WEIGHTS = {
     "IMAGENET1K_V1": "https://download.pytorch.org/models/alexnet-owt-7be5be79.pth",
 }
+# what reads a file of this suffix
+FOREIGN = {".caffemodel": caffe.read, ".onnx": zoo.read}
 
 
 def alexnet(
@@ -27,8 +30,9 @@ def alexnet(
 
     weights: None (fresh initialisation); a name of torchvision's ("IMAGENET1K_V1", "DEFAULT", or the members of
         `torchvision.models.AlexNet_Weights`), downloaded once to torch's hub directory; or a path to a `.safetensors`,
-        or to what torch.save wrote (read with weights_only=True): a state_dict in any precision, or a dict that holds
-        one, see `plain_state`.  The model is in float32.
+        to a `.caffemodel` or `.onnx` of Caffe's AlexNets (docs/weights.md), or to what torch.save wrote (read with
+        weights_only=True): a state_dict in any precision, or a dict that holds one, see `plain_state`.  The model is
+        in float32 and takes pictures as `Preprocessing.for_photos` has them, Caffe's too.
     variant: as for `AlexNet`; by default the one that the weights were made for, else "paper".
     kwargs: num_classes (by default the number in the weights) and dropout, for `AlexNet`.
 
@@ -84,6 +88,8 @@ def load_weights(weights: Any, *, progress: bool = True) -> tuple[dict[str, Tens
     if path.suffix == ".safetensors":
         state, variant = _load_safetensors(path)
         return plain_state(state, path), variant
+    if path.suffix in FOREIGN:
+        return FOREIGN[path.suffix](path)
     content = read_pickle(path)
     variant = content.get("variant") if isinstance(content, Mapping) else None
     return plain_state(content, path), variant if isinstance(variant, str) else None
