@@ -136,8 +136,8 @@ def evaluate(
     """Measure a model's accuracy on test pictures, as a whole and class by class.
 
     Args:
-        weights: A model.safetensors that `fastalex train` or `fastalex demo` wrote, a torchvision .pth file, or
-            IMAGENET1K_V1 for torchvision's published weights.
+        weights: A model.safetensors that `fastalex train` or `fastalex demo` wrote, a torchvision .pth file, a
+            .caffemodel or .onnx of Caffe's AlexNets, or IMAGENET1K_V1 for torchvision's published weights.
         data: Folder with val/CLASS/*.jpg (or test/CLASS/...); by default the Fashion-MNIST sample.
         crops: "centre", or "ten" crops a picture as in the 2012 paper: corners, centre, and their mirror images.
         out: Folder for scores.json (with every class and the confusion matrix) and confusion.png.
@@ -183,6 +183,26 @@ def predict(
     from fastalex.evaluation import commands
 
     commands.predict(images, weights, top=top, ten_crop=ten_crop, out=out, device=device)
+
+
+def convert(
+    source: Annotated[str, tyro.conf.Positional],
+    target: Annotated[Path, tyro.conf.Positional],
+    classes: Path | None = None,
+    overwrite: bool = False,
+) -> None:
+    """Write weights from elsewhere as a model.safetensors that says its variant, its classes and its preprocessing.
+
+    Args:
+        source: Caffe's bvlc_alexnet.caffemodel or bvlc_reference_caffenet.caffemodel, an AlexNet of the ONNX zoo
+            (bvlcalexnet-12.onnx), a .pth file, or IMAGENET1K_V1 for torchvision's published weights.
+        target: The file to write, called .safetensors.
+        classes: Text file with the name of a class per line; by default ImageNet's 1,000.
+        overwrite: Replace a file that is there.
+    """
+    from fastalex.evaluation import commands
+
+    commands.convert(source, target, classes=classes, overwrite=overwrite)
 
 
 def lpips(
@@ -494,6 +514,7 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "train": train,
     "eval": evaluate,
     "predict": predict,
+    "convert": convert,
     "lpips": lpips,
     "inspect": inspect,
     "bench": bench,
@@ -535,5 +556,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if package not in EXTRAS:
             raise
         fail(f"this command needs {package}: pip install 'fastalex[cli]'")
+    except ImportError as error:
+        if error.name is not None:  # of Python's own; ours say what to install
+            raise
+        fail(error)
     except (OSError, ValueError, FloatingPointError) as error:
         fail(error)

@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastalex.alexnet import AlexNet, fitting_variants, parameter_shapes
+from fastalex.alexnet import AlexNet, check_shapes, fitting_variants
+from fastalex.card import METADATA_KEY, read_weights
 from fastalex.foreign import caffe, zoo
 from fastalex.variants import VARIANTS, Variant, find_variant
 
-METADATA_KEY = "fastalex"  # of the JSON in a safetensors file's metadata that describes the model: `checkpoint.py`
 TORCHVISION_WEIGHTS = {
     "IMAGENET1K_V1": "https://download.pytorch.org/models/alexnet-owt-7be5be79.pth",
 }
@@ -163,16 +163,7 @@ def download(name: str, url: str, *, progress: bool = True) -> dict[str, Tensor]
 
 
 def _load_safetensors(path: Path) -> tuple[dict[str, Tensor], Variant | str | None]:
-    try:
-        from safetensors import safe_open
-    except ImportError as error:
-        raise ImportError(f"reading {path} needs the safetensors package: pip install safetensors") from error
-    try:
-        with safe_open(path, framework="pt") as file:
-            state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118, not a dict
-            metadata = file.metadata() or {}
-    except Exception as error:  # whatever the package trips over in foreign bytes
-        raise ValueError(f"{path} is not a safetensors file ({error})") from None
+    state, metadata = read_weights(path)
     # what `fastalex train` writes describes its variant, listed or not
     if METADATA_KEY in metadata:
         try:
@@ -180,18 +171,3 @@ def _load_safetensors(path: Path) -> tuple[dict[str, Tensor], Variant | str | No
         except (KeyError, TypeError, ValueError, RecursionError) as error:
             raise ValueError(f"{path}: its description of the model is damaged: {error}") from None
     return state, metadata.get("variant")
-
-
-def check_shapes(state: Mapping[str, Tensor], variant: Variant, classes: int, where: object) -> None:
-    """Raises ValueError unless the variant's parameters have these names and shapes; needs no memory for them.
-
-    A description in a file can ask for any amount.
-    """
-    for name, shape in parameter_shapes(variant, classes).items():
-        if name not in state:
-            raise ValueError(f'the weights {where} lack {name}, which variant "{variant.name}" has')
-        if state[name].shape != shape:
-            raise ValueError(
-                f"{name} is {tuple(state[name].shape)} in the weights {where}, "
-                f'variant "{variant.name}" has {tuple(shape)}'
-            )

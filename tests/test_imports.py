@@ -22,6 +22,8 @@ LAYERS = (
     ("fastalex.functional", "fastalex.dynamo", "fastalex.choices"),
     ("fastalex.nn",),
     ("fastalex.variants", "fastalex.parallel", "fastalex.data.preprocessing"),
+    ("fastalex.card",),
+    ("fastalex.hub",),
     ("fastalex.alexnet",),
     ("fastalex.foreign",),
     ("fastalex.weights", "fastalex.describe"),

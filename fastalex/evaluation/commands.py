@@ -9,6 +9,7 @@ from typing import Literal
 
 import torch
 
+from fastalex.checkpoint import save_model
 from fastalex.data.choose import open_images
 from fastalex.data.photos import default_photos
 from fastalex.devices import find_device
@@ -61,3 +62,17 @@ def predict(paths: Sequence[Path], weights: str, *, top: int, ten_crop: bool, ou
     print_predictions([str(path) for path in paths] or [path.name for path in files], probabilities, card.classes, top)
     figures.predictions(images, [path.name for path in files], probabilities, card.classes, out, top)
     console.print(f"wrote {out}", soft_wrap=True)
+
+
+def convert(source: str, target: Path, *, classes: Path | None, overwrite: bool) -> None:
+    """Write weights from elsewhere as a file that describes itself."""
+    if target.suffix != ".safetensors":
+        raise ValueError(f"the file to write must be called .safetensors, got {target}")
+    if target.exists() and not overwrite:
+        raise ValueError(f"{target} exists: --overwrite replaces it")
+    names = () if classes is None else tuple(line.strip() for line in classes.read_text().splitlines() if line.strip())
+    model, card = load_classifier(source, names)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    save_model(target, model, card)
+    parameters = sum(value.numel() for value in model.parameters())
+    tell(f"wrote {target}: variant {card.variant.name}, {parameters:,} parameters, {len(card.classes)} classes")

@@ -96,6 +96,8 @@ def read(path: Path) -> tuple[dict[str, Tensor], str]:
 def _layer(source: Any, path: Path) -> Layer:
     kind = source.type if isinstance(source.type, str) else V1_TYPES.get(source.type, f"V1 layer type {source.type}")
     settings: dict[str, Any] = {}
+    dims = {"Convolution": (4, 1), "InnerProduct": (2, 1)}.get(kind, ())
+    parameters = [_blob(b, n, f"{path}: layer {source.name}") for b, n in zip(source.blobs, dims, strict=False)]
     if kind == "Convolution":
         conv = source.convolution_param
         kind = CONVOLUTION if set(conv.dilation) <= {1} else "dilated convolution"
@@ -113,8 +115,6 @@ def _layer(source: Any, path: Path) -> Layer:
         kind = "leaky ReLU" if source.relu_param.negative_slope else RELU
     elif kind == "InnerProduct":
         kind = "transposed linear layer" if source.inner_product_param.transpose else LINEAR
-    dims = {CONVOLUTION: (4, 1), LINEAR: (2, 1)}.get(kind, ())
-    parameters = [_blob(b, n, f"{path}: layer {source.name}") for b, n in zip(source.blobs, dims, strict=False)]
     bottom, top = (names[0] if names else "" for names in (source.bottom, source.top))
     return Layer(source.name, kind, bottom, top, settings, tuple(parameters))
 

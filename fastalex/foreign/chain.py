@@ -114,10 +114,10 @@ def fold(weight: Tensor, bias: Tensor, pixels: Pixels, looks: Preprocessing) -> 
 
 
 def _follow(layers: Sequence[Layer], path: Path) -> Iterator[Layer]:
-    """The layers from the first convolution on, each of which takes what the one before it made."""
-    top = next((layer.bottom for layer in layers if layer.kind == CONVOLUTION), None)
+    """The layers from the first one with parameters on, each of which takes what the one before it made."""
+    top = next((layer.bottom for layer in layers if layer.parameters), None)
     if top is None:
-        raise ValueError(f"{path} is damaged or of another network: none of its {len(layers)} layers is a convolution")
+        raise ValueError(f"{path} is damaged or of another kind: none of its {len(layers)} layers has weights")
     for layer in layers:
         if layer.bottom == top:
             top = layer.top

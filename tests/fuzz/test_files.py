@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from fastalex import results
+from fastalex.alexnet import AlexNet
 from fastalex.checkpoint import STATE_FORMAT, ModelCard, load_model, load_state, save_model
 from fastalex.data import sources
 from fastalex.data.decode import decode
@@ -124,7 +125,7 @@ WRONG = st.one_of(
 @pytest.fixture(scope="module")
 def safetensors(folder):
     card = ModelCard(TINY, ("cat", "dog"), LOOKS)
-    save_model(folder / "good.safetensors", card.build(), card)
+    save_model(folder / "good.safetensors", AlexNet.from_card(card), card)
     return (folder / "good.safetensors").read_bytes()
 
 
@@ -145,7 +146,7 @@ def test_models(folder, safetensors, data):
     found = read_or_refused(load_model, path)
     read_or_refused(alexnet, path)
     if found is not None:
-        assert found[1].build().variant == found[0].variant
+        assert AlexNet.from_card(found[1]).variant == found[0].variant
 
 
 @examples(40)
@@ -153,7 +154,7 @@ def test_models(folder, safetensors, data):
 def test_checkpoints_and_states(folder, data):
     card = ModelCard(TINY, ("cat", "dog"), LOOKS)
     file = io.BytesIO()
-    torch.save({"format": STATE_FORMAT, "model": card.build().state_dict()}, file)
+    torch.save({"format": STATE_FORMAT, "model": AlexNet.from_card(card).state_dict()}, file)
     content = data.draw(damage(file.getvalue()))
     for name, read in (("weights.pth", alexnet), ("state.pt", load_state)):
         (folder / name).write_bytes(content)
