@@ -228,13 +228,14 @@ class AlexNet(nn.Module):
         readers and the Hub's counter of downloads; a README.md that is there stays.
         Raises ValueError for a wrong number of classes, OSError when the folder cannot be written.
         """
-        outputs = self.classifier[-1].out_features
+        layers: list[Any] = list(self.classifier)
+        outputs = layers[-1].out_features
         names = tuple(classes or (self.card.classes if self.card else map(str, range(outputs))))
         if len(names) != outputs:
             raise ValueError(f"classes must be {outputs} names, one for each output, got {len(names)}: {names[:3]}...")
         looks = preprocessing or (self.card.preprocessing if self.card else None)
         looks = looks or Preprocessing.for_photos(self.variant.in_channels, self.variant.crop)
-        dropout = max(module.p for module in self.classifier if hasattr(module, "p"))
+        dropout = max(layer.p for layer in layers if hasattr(layer, "p"))
         card = ModelCard(self.variant, names, looks, dropout)
         target = Path(folder)
         write_whole(target / "config.json", card.to_json())

@@ -174,7 +174,8 @@ def predict(
     Args:
         images: Picture files (JPEG, PNG, ...); by default four photos that come with scikit-image.
         weights: IMAGENET1K_V1 for torchvision's published weights, which are downloaded once; or a file: torchvision's
-            .pth, or a model.safetensors that `fastalex train` or `fastalex demo` wrote.
+            .pth, a .caffemodel or .onnx of Caffe's AlexNets, or a model.safetensors that `fastalex train`,
+            `fastalex demo` or `fastalex convert` wrote.
         top: How many classes to name.
         ten_crop: Average the probabilities of corners, centre and their mirror images, as the 2012 paper.
         out: File (PNG) for the pictures with their classes as bars.

@@ -1,8 +1,6 @@
 """`fastalex convert`, and the other commands with Caffe's files."""
 
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -16,8 +14,7 @@ from small_models import narrow_twins
 
 import fastalex
 from fastalex import cli
-
-ROOT = Path(__file__).parents[1]
+from fastalex.foreign import caffe
 
 
 @pytest.fixture
@@ -97,10 +94,9 @@ def test_eval_takes_caffes_files(files, capsys):
     assert "top" in capsys.readouterr().out.lower()
 
 
-def test_a_missing_package_is_one_line(files):
-    script = "import sys; sys.modules['google.protobuf'] = None; from fastalex.cli import main;"
-    script += f"main(['convert', {str(files / 'caffenet.caffemodel')!r}, 'x.safetensors'])"
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT)
-    assert done.returncode == 2
-    assert done.stderr.strip().endswith("pip install 'fastalex[caffe]'")
-    assert done.stderr.count("\n") == 1
+def test_a_missing_package_is_one_line(files, capsys, monkeypatch):
+    caffe.message.cache_clear()
+    for name in ("google.protobuf", "google.protobuf.message"):
+        monkeypatch.setitem(sys.modules, name, None)
+    message = error_of(capsys, "convert", "caffenet.caffemodel", "x.safetensors")
+    assert message.endswith("pip install 'fastalex[caffe]'\n")

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from caffe_files import caffe, field, layers_of, net
+from caffe_files import caffe, field, layers_of, net, zoo_file
 from small_models import narrow_twins
 
 import fastalex
@@ -252,38 +252,13 @@ def test_the_zoos_own_file(light):
     assert all((v == value).all() for v in others)
 
 
-def narrowed(light, state, crop=227, raw=True):
-    """The zoo's graph around these weights, which lie in it as in the zoo's own files."""
-    import onnx
-
-    model = onnx.load(light)
-    graph = model.graph
-    values = iter(state.values())
-    names = [node.input[i] for node in graph.node if node.op_type in ("Conv", "Gemm") for i in (1, 2)]
-    nodes = [node for node in graph.node if node.op_type != "ConstantOfShape"]
-    del graph.node[:], graph.initializer[:], graph.input[1:]
-    graph.node.extend(nodes)
-    inputs = state["classifier.1.weight"].shape[1]
-    graph.initializer.append(onnx.helper.make_tensor("OC2_DUMMY_1", 7, [2], [1, inputs]))
-    for name in names:
-        value = next(values).numpy()
-        made = onnx.numpy_helper.from_array(value, name)
-        if not raw:
-            made = onnx.helper.make_tensor(name, 1, value.shape, value.ravel().tolist())
-        graph.initializer.append(made)
-    for i in (2, 3):
-        graph.input[0].type.tensor_type.shape.dim[i].dim_value = crop
-    del graph.output[0].type.tensor_type.shape.dim[:]
-    return model
-
-
 def test_the_zoos_graph_computes_the_same(small, light, tmp_path):
     """At 227, as the net was trained, by another implementation."""
     import onnx
 
     runtime = pytest.importorskip("onnxruntime")
     state = random_state("bvlc_alexnet")
-    model = narrowed(light, state)
+    model = zoo_file(light, state)
     onnx.save(model, tmp_path / "net.onnx")
     loaded = fastalex.alexnet(tmp_path / "net.onnx").eval()
     session = runtime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
@@ -300,7 +275,7 @@ def test_older_and_newer_opsets(small, light, tmp_path, opset):
     import onnx
 
     state = random_state("bvlc_alexnet")
-    model = narrowed(light, state, crop=224, raw=opset == 12)
+    model = zoo_file(light, state, crop=224, raw=opset == 12)
     model.opset_import[0].version = opset
     for node in model.graph.node:
         if opset == 3 and node.op_type == "Reshape":
@@ -352,7 +327,7 @@ def test_other_graphs_are_refused(small, light, tmp_path):
         (quantised, "dequantised of layer n0 is no constant"),
         (lambda model: setattr(model, "producer_name", "pytorch"), "comes from PyTorch, not from Caffe"),
     ):
-        model = narrowed(light, random_state("bvlc_alexnet"))
+        model = zoo_file(light, random_state("bvlc_alexnet"))
         change(model)
         onnx.save(model, path)
         with pytest.raises(ValueError, match=reason) as error:

@@ -80,9 +80,9 @@ def read(path: Path) -> tuple[dict[str, Tensor], str]:
     The mean and the factor that its data layer names are folded in, else ImageNet's mean.  Raises ValueError, naming
     file and layer, for damaged files and other nets, ImportError where protobuf is missing.
     """
+    net = message("Net")()
     from google.protobuf.message import DecodeError
 
-    net = message("Net")()
     try:
         net.ParseFromString(path.read_bytes())
     except DecodeError as error:
