@@ -221,11 +221,11 @@ class AlexNet(nn.Module):
         classes: Sequence[str] | None = None,
         preprocessing: Preprocessing | None = None,
     ) -> None:
-        """Write `model.safetensors`, for `from_pretrained` and `fastalex predict`, `config.json` and `README.md`.
+        """Write `model.safetensors`, for `from_pretrained` and `fastalex predict`, and `config.json`.
 
         classes: names, by default those of `card`, else "0", "1", ...  preprocessing: of pictures, by default that of
         `card`, else the usual one for photographs.  config.json says the same as the metadata of the weights, for
-        readers and the Hub's counter of downloads; a README.md that is there stays.
+        readers and the Hub's counter of downloads.
         Raises ValueError for a wrong number of classes, OSError when the folder cannot be written.
         """
         layers: list[Any] = list(self.classifier)
@@ -240,9 +240,6 @@ class AlexNet(nn.Module):
         target = Path(folder)
         write_whole(target / "config.json", card.to_json())
         save_weights(target / MODEL, self.state_dict(), card)
-        if not (target / "README.md").exists():
-            text = hub.README.format(variant=self.variant.name, classes=outputs, name=target.name)
-            write_whole(target / "README.md", text)
 
     def push_to_hub(
         self,
@@ -254,15 +251,15 @@ class AlexNet(nn.Module):
         token: str | None = None,
         commit_message: str = "Upload AlexNet",
     ) -> str:
-        """Send what `save_pretrained` writes to a repository of the Hugging Face Hub, made if there is none.
+        """Send what `save_pretrained` writes to a repository of the Hugging Face Hub, made, with a README, if there is
+        none.
 
         repo_id: "name" or "owner/name".  private, token: as in huggingface_hub.  Returns the commit's address.
         Raises ImportError where huggingface_hub is missing, ValueError as `save_pretrained` does, and its own errors.
         """
-        with tempfile.TemporaryDirectory() as parent:
-            folder = Path(parent, *repo_id.split("/"))
+        with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(folder, classes=classes, preprocessing=preprocessing)
-            return hub.send(folder, repo_id, private=private, token=token, message=commit_message)
+            return hub.send(Path(folder), repo_id, private=private, token=token, message=commit_message)
 
     def block_padding(self, height: int, width: int) -> tuple[tuple[int, int], tuple[int, int]]:
         """((top, bottom), (left, right)), the padding with which space-to-depth serves images of this size.

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from fastalex.card import MODEL
+from fastalex.files import write_whole
 
 README = """---
 library_name: fastalex
@@ -19,13 +20,13 @@ tags:
 - alexnet
 ---
 
-An AlexNet, variant `{variant}`, {classes} classes. `pip install 'fastalex[hub]'`, then:
+An AlexNet. `pip install 'fastalex[hub]'`, then:
 
 ```python
 import fastalex
 
 model = fastalex.AlexNet.from_pretrained("{name}")
-print(model.card.classes, model.card.preprocessing)
+print(model.variant, model.card.classes, model.card.preprocessing)
 ```
 """
 
@@ -56,7 +57,12 @@ def fetch(source: str | Path, **options: Any) -> Path:
 
 
 def send(folder: Path, repo_id: str, *, private: bool | None, token: str | None, message: str) -> str:
-    """Everything in the folder into a repository, which is made if there is none; returns the commit's address."""
+    """Everything in the folder into a repository, which is made if there is none; returns the commit's address.
+
+    A README that is there stays.
+    """
     api = client().HfApi(token=token)
     name = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+    if not api.file_exists(name, "README.md"):
+        write_whole(folder / "README.md", README.format(name=name))
     return str(api.upload_folder(repo_id=name, folder_path=folder, commit_message=message))

@@ -353,9 +353,15 @@ def test_a_shape_that_asks_for_too_much(light, tmp_path):
     import onnx
 
     model = onnx.load(light)
-    tensor = next(t for t in model.graph.initializer if t.name == "conv1_w_0__SHAPE")
-    for sizes, reason in (([2**40, 3, 11, 11], "the weight of layer n0 is"), ([-5, 3, 11, 11], "cannot be of shape")):
-        tensor.raw_data = struct.pack("<4q", *sizes)
+    tensors = {tensor.name: tensor for tensor in model.graph.initializer}
+    for name, sizes, reason in (
+        ("conv1_w_0", [2**40, 3, 11, 11], "the weight of layer n0 is"),
+        ("conv1_w_0", [-5, 3, 11, 11], "cannot be of shape"),
+        ("fc8_b_0", [2**40], "the number of classes must be at most 65536"),
+    ):
+        before = tensors[f"{name}__SHAPE"].raw_data
+        tensors[f"{name}__SHAPE"].raw_data = struct.pack(f"<{len(sizes)}q", *sizes)
         onnx.save(model, tmp_path / "net.onnx")
         with pytest.raises(ValueError, match=reason):
             fastalex.alexnet(tmp_path / "net.onnx")
+        tensors[f"{name}__SHAPE"].raw_data = before

@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -38,11 +39,9 @@ def test_round_trip(tmp_path):
     assert loaded.num_classes == 3
     assert (loaded.card.classes, loaded.card.preprocessing, loaded.card.dropout) == (("cat", "dog", "owl"), looks, 0.25)
     assert json.loads((tmp_path / "mine/config.json").read_text())["classes"] == ["cat", "dog", "owl"]
-    # a model that came with names keeps them, a README that somebody wrote stays
-    (tmp_path / "mine/README.md").write_text("ours")
+    # a model that came with names keeps them
     loaded.save_pretrained(str(tmp_path / "mine"))
     assert fastalex.AlexNet.from_pretrained(str(tmp_path / "mine")).card == loaded.card
-    assert (tmp_path / "mine/README.md").read_text() == "ours"
 
 
 def test_without_names_and_with_too_few(tmp_path):
@@ -93,9 +92,13 @@ def test_the_hub(tmp_path, monkeypatch):
             asked["create"] = (self.token, repo_id, options)
             return package.RepoUrl(f"https://huggingface.co/somebody/{repo_id}")
 
+        def file_exists(self, repo_id, filename):
+            inspect.signature(package.HfApi.file_exists).bind(self, repo_id, filename)
+            return (tmp_path / "sent" / filename).exists()
+
         def upload_folder(self, **options):
             inspect.signature(package.HfApi.upload_folder).bind(self, **options)
-            options.pop("folder_path").rename(tmp_path / "sent")
+            shutil.copytree(options.pop("folder_path"), tmp_path / "sent", dirs_exist_ok=True)
             asked["upload"] = options
             return "https://huggingface.co/somebody/mine/commit/1"
 
@@ -107,7 +110,10 @@ def test_the_hub(tmp_path, monkeypatch):
     assert asked["create"] == ("t", "mine", {"private": True, "exist_ok": True})
     assert asked["upload"] == {"repo_id": "somebody/mine", "commit_message": "Upload AlexNet"}
     assert {path.name for path in (tmp_path / "sent").iterdir()} == {"README.md", "config.json", "model.safetensors"}
-    assert 'from_pretrained("mine")' in (tmp_path / "sent/README.md").read_text()
+    assert 'from_pretrained("somebody/mine")' in (tmp_path / "sent/README.md").read_text()
+    (tmp_path / "sent/README.md").write_text("ours")
+    model.push_to_hub("mine", classes=["a", "b", "c"])
+    assert (tmp_path / "sent/README.md").read_text() == "ours"
     loaded = fastalex.AlexNet.from_pretrained("somebody/mine", revision="v1")
     assert asked["download"] == ("somebody/mine", "model.safetensors", "v1")
     assert equal(loaded, model)

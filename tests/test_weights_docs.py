@@ -60,6 +60,9 @@ def test_python(files, capsys, monkeypatch):
         def create_repo(self, repo_id, **options):
             return SimpleNamespace(repo_id=repo_id)
 
+        def file_exists(self, repo_id, name):
+            return False
+
         def upload_folder(self, *, repo_id, folder_path, commit_message):
             sent[repo_id] = {path.name: path.read_bytes() for path in folder_path.iterdir()}
 

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastalex import fields
 from fastalex.alexnet import parameter_shapes
 from fastalex.data.preprocessing import Preprocessing
 from fastalex.variants import VARIANTS, Variant
@@ -24,6 +25,7 @@ CONVOLUTION, RELU, LRN, MAX_POOL, LINEAR = "convolution", "ReLU", "LRN", "max-po
 # What changes nothing in evaluation, or only the form of the output.
 PASSED_OVER = {"Dropout", "Softmax", "SoftmaxWithLoss", "Accuracy", "Split", "Reshape", "Flatten", "Identity"}
 PUBLISHED = ("bvlc_alexnet", "caffenet")
+MOST_CLASSES = 2**16  # a damaged file may ask for any number
 
 # Blue, green, red: the mean of ILSVRC 2012's training pictures as Caffe has it (the average over the pixels of
 # imagenet_mean.binaryproto, python/caffe/imagenet/ilsvrc_2012_mean.npy).
@@ -73,8 +75,9 @@ def state_of(layers: Sequence[Layer], pixels: Pixels, path: Path) -> tuple[dict[
             if len(layer.parameters) != 2:
                 raise ValueError(f"{path}: layer {layer.name} has {len(layer.parameters)} blobs, not weight and bias")
             parameters += layer.parameters
-    rows = chain[-1].parameters[0].shape
-    wanted = parameter_shapes(variant, rows[0] if rows else 1)
+    classes = chain[-1].parameters[1].numel()
+    fields.whole(f"{path}: the number of classes", classes, most=MOST_CLASSES)
+    wanted = parameter_shapes(variant, classes)
     owners = [layer for layer in chain if layer.parameters for _ in range(2)]
     state = {}
     for (name, shape), value, layer in zip(wanted.items(), parameters, owners, strict=True):
@@ -83,13 +86,11 @@ def state_of(layers: Sequence[Layer], pixels: Pixels, path: Path) -> tuple[dict[
                 f"{path}: the {name.rpartition('.')[2]} of layer {layer.name} is {tuple(value.shape)}, "
                 f"{variant.name} has {tuple(shape)}"
             )
-        if not value.isfinite().all():
+    folded = fold(*parameters[:2], pixels, Preprocessing.for_photos(3, variant.crop))
+    for name, value, layer in zip(wanted, [*folded, *parameters[2:]], owners, strict=True):
+        state[name] = value.float()
+        if not state[name].isfinite().all():
             raise ValueError(f"{path}: the {name.rpartition('.')[2]} of layer {layer.name} is not finite")
-        state[name] = value.float()
-    first = [name for name in state if name.startswith("features.")][:2]
-    looks = Preprocessing.for_photos(3, variant.crop)
-    for name, value in zip(first, fold(state[first[0]], state[first[1]], pixels, looks), strict=True):
-        state[name] = value.float()
     return state, variant.name
 
 
