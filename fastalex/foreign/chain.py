@@ -86,7 +86,7 @@ def state_of(layers: Sequence[Layer], pixels: Pixels, path: Path) -> tuple[dict[
                 f"{path}: the {name.rpartition('.')[2]} of layer {layer.name} is {tuple(value.shape)}, "
                 f"{variant.name} has {tuple(shape)}"
             )
-    folded = fold(*parameters[:2], pixels, Preprocessing.for_photos(3, variant.crop))
+    folded = fold(parameters[0], parameters[1], pixels, Preprocessing.for_photos(3, variant.crop))
     for name, value, layer in zip(wanted, [*folded, *parameters[2:]], owners, strict=True):
         state[name] = value.float()
         if not state[name].isfinite().all():
