@@ -157,6 +157,7 @@ def test_other_nets_are_refused_by_name(small, tmp_path, old):
         (changed(good, "conv4", bottom=["conv1"]), "layer conv4 takes 'conv1', not 'conv3'"),
         (changed(good, "conv1", blobs=[bad, conv1["blobs"][1]]), "the weight of layer conv1 is not finite"),
         (changed(good, "conv1", blobs=conv1["blobs"][:1]), "layer conv1 has 1 blobs, not weight and bias"),
+        (changed(good, "fc7", blobs=[np.ones((48, 64)), np.ones(48), np.ones(1)]), "layer fc7 has 3 blobs"),
         (changed(good, "conv1", blobs=[bad[:8], conv1["blobs"][1]]), r"the weight of layer conv1 is \(8, 3, 11, 11\)"),
         ([], "none of its 0 layers has weights"),
     ]

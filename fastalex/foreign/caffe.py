@@ -80,7 +80,7 @@ def read(path: Path) -> tuple[dict[str, Tensor], str]:
     The mean and the factor that its data layer names are folded in, else ImageNet's mean.  Raises ValueError, naming
     file and layer, for damaged files and other nets, ImportError where protobuf is missing.
     """
-    net = message("Net")()
+    net = message("Net")()  # which says what to install where protobuf is missing
     from google.protobuf.message import DecodeError
 
     try:
@@ -96,8 +96,9 @@ def read(path: Path) -> tuple[dict[str, Tensor], str]:
 def _layer(source: Any, path: Path) -> Layer:
     kind = source.type if isinstance(source.type, str) else V1_TYPES.get(source.type, f"V1 layer type {source.type}")
     settings: dict[str, Any] = {}
-    dims = {"Convolution": (4, 1), "InnerProduct": (2, 1)}.get(kind, ())
-    parameters = [_blob(b, n, f"{path}: layer {source.name}") for b, n in zip(source.blobs, dims, strict=False)]
+    dims = {"Convolution": 4, "InnerProduct": 2}.get(kind)
+    blobs = enumerate(source.blobs if dims else ())
+    parameters = [_blob(blob, 1 if i else dims, f"{path}: layer {source.name}") for i, blob in blobs]
     if kind == "Convolution":
         conv = source.convolution_param
         kind = CONVOLUTION if set(conv.dilation) <= {1} else "dilated convolution"
