@@ -96,7 +96,7 @@ def read(path: Path) -> tuple[dict[str, Tensor], str]:
 def _layer(source: Any, path: Path) -> Layer:
     kind = source.type if isinstance(source.type, str) else V1_TYPES.get(source.type, f"V1 layer type {source.type}")
     settings: dict[str, Any] = {}
-    dims = {"Convolution": 4, "InnerProduct": 2}.get(kind)
+    dims = {"Convolution": 4, "InnerProduct": 2}.get(kind, 0)
     blobs = enumerate(source.blobs if dims else ())
     parameters = [_blob(blob, 1 if i else dims, f"{path}: layer {source.name}") for i, blob in blobs]
     if kind == "Convolution":
