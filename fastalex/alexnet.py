@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from fastalex import functional, private
+from fastalex import functional, hub, private
+from fastalex.card import METADATA_KEY, MODEL, ModelCard, read_weights, save_weights
+from fastalex.data.preprocessing import Preprocessing
+from fastalex.files import write_whole
 from fastalex.kernels.geometry import output_size
 from fastalex.nn import (
     ConvReLU2d,
@@ -91,6 +96,9 @@ class BlockConv2d(nn.Conv2d):
         return nn.functional.conv2d(input, weight, self.bias, *geometry)
 
 
+Model = TypeVar("Model", bound="AlexNet")
+
+
 class AlexNet(nn.Module):
     """AlexNet (Krizhevsky, Sutskever, Hinton 2012): images (N, 3, 224, 224) -> logits (N, num_classes).
 
@@ -105,7 +113,11 @@ class AlexNet(nn.Module):
     dropout: probability of the two dropout layers.
     variant: a name out of `VARIANTS`, or a `Variant`.
     Raises ValueError for an unknown variant.
+
+    card: of a model out of a file that describes it (`from_card`, `from_pretrained`): class names, preprocessing.
     """
+
+    card: ModelCard | None = None
 
     def __init__(self, num_classes: int = 1000, dropout: float = 0.5, *, variant: str | Variant = "paper"):
         super().__init__()
@@ -152,6 +164,102 @@ class AlexNet(nn.Module):
                 f'these weights fit variant "{fitting[0]}", not "{self.variant.name}": '
                 f'build AlexNet({classes}, variant="{fitting[0]}"). {error}'
             ) from None
+
+    @classmethod
+    def from_card(cls: type[Model], card: ModelCard) -> Model:
+        """A new model as a file describes it."""
+        model = cls(len(card.classes), card.dropout, variant=card.variant)
+        model.card = card
+        return model
+
+    @classmethod
+    def from_file(cls: type[Model], path: Path) -> Model:
+        """The model in a file that `fastalex train` or `save_pretrained` wrote, in evaluation mode.
+
+        Raises ValueError for a file of another kind, ImportError where the package safetensors is missing.
+        """
+        weights, metadata = read_weights(path)
+        if METADATA_KEY not in metadata:
+            raise ValueError(
+                f"{path} does not say which variant and classes it holds; `fastalex train` writes files that do"
+            )
+        try:
+            card = ModelCard.from_json(metadata[METADATA_KEY])
+            check_shapes(weights, card.variant, len(card.classes), path)
+            model = cls.from_card(card)
+            model.load_state_dict(weights)
+        except (KeyError, TypeError, ValueError, RuntimeError, ArithmeticError, MemoryError) as error:
+            raise ValueError(f"{path} was written by another version of fastalex or is damaged: {error}") from error
+        return model.eval()
+
+    @classmethod
+    def from_pretrained(
+        cls: type[Model],
+        source: str | Path,
+        *,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        cache_dir: str | Path | None = None,
+        force_download: bool = False,
+        local_files_only: bool = False,
+    ) -> Model:
+        """A model from a folder with a `model.safetensors`, as `save_pretrained` and `fastalex train` write, or from a
+        repository of the Hugging Face Hub ("owner/name"), in evaluation mode, with its `card`.
+
+        The options are those of `huggingface_hub.hf_hub_download`, which asks for none where the folder exists.
+        Raises FileNotFoundError for a folder without that file, ValueError for a file of another kind, ImportError
+        where huggingface_hub is needed and missing, and its own errors.
+        """
+        options = {"revision": revision, "token": token, "cache_dir": cache_dir}
+        flags = {"force_download": force_download, "local_files_only": local_files_only}
+        return cls.from_file(hub.fetch(source, **options, **flags))
+
+    def save_pretrained(
+        self,
+        folder: str | Path,
+        *,
+        classes: Sequence[str] | None = None,
+        preprocessing: Preprocessing | None = None,
+    ) -> None:
+        """Write `model.safetensors`, for `from_pretrained` and `fastalex predict`, and `config.json`.
+
+        classes: names, by default those of `card`, else "0", "1", ...  preprocessing: of pictures, by default that of
+        `card`, else the usual one for photographs.  config.json says the same as the metadata of the weights, for
+        readers and the Hub's counter of downloads.
+        Raises ValueError for a wrong number of classes, OSError when the folder cannot be written.
+        """
+        layers: list[Any] = list(self.classifier)
+        outputs = layers[-1].out_features
+        names = tuple(classes or (self.card.classes if self.card else map(str, range(outputs))))
+        if len(names) != outputs:
+            raise ValueError(f"classes must be {outputs} names, one for each output, got {len(names)}: {names[:3]}...")
+        looks = preprocessing or (self.card.preprocessing if self.card else None)
+        looks = looks or Preprocessing.for_photos(self.variant.in_channels, self.variant.crop)
+        dropout = max(layer.p for layer in layers if hasattr(layer, "p"))
+        card = ModelCard(self.variant, names, looks, dropout)
+        target = Path(folder)
+        write_whole(target / "config.json", card.to_json())
+        save_weights(target / MODEL, self.state_dict(), card)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        classes: Sequence[str] | None = None,
+        preprocessing: Preprocessing | None = None,
+        private: bool | None = None,
+        token: str | None = None,
+        commit_message: str = "Upload AlexNet",
+    ) -> str:
+        """Send what `save_pretrained` writes to a repository of the Hugging Face Hub, made, with a README, if there is
+        none.
+
+        repo_id: "name" or "owner/name".  private, token: as in huggingface_hub.  Returns the commit's address.
+        Raises ImportError where huggingface_hub is missing, ValueError as `save_pretrained` does, and its own errors.
+        """
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder, classes=classes, preprocessing=preprocessing)
+            return hub.send(Path(folder), repo_id, private=private, token=token, message=commit_message)
 
     def block_padding(self, height: int, width: int) -> tuple[tuple[int, int], tuple[int, int]]:
         """((top, bottom), (left, right)), the padding with which space-to-depth serves images of this size.
@@ -261,3 +369,18 @@ def fitting_variants(state: Mapping[str, Tensor]) -> list[str]:
     found = {key: value.shape for key, value in state.items() if isinstance(value, Tensor)}
     classes = (found.get("classifier.6.weight") or (1000,))[0]
     return [name for name, variant in VARIANTS.items() if parameter_shapes(variant, classes) == found]
+
+
+def check_shapes(state: Mapping[str, Tensor], variant: Variant, classes: int, where: object) -> None:
+    """Raises ValueError unless the variant's parameters have these names and shapes; needs no memory for them.
+
+    A description in a file can ask for any amount.
+    """
+    for name, shape in parameter_shapes(variant, classes).items():
+        if name not in state:
+            raise ValueError(f'the weights {where} lack {name}, which variant "{variant.name}" has')
+        if state[name].shape != shape:
+            raise ValueError(
+                f"{name} is {tuple(state[name].shape)} in the weights {where}, "
+                f'variant "{variant.name}" has {tuple(shape)}'
+            )

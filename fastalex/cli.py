@@ -156,8 +156,9 @@ def evaluate(
     """Measure a model's accuracy on test pictures, as a whole and class by class.
 
     Args:
-        weights: A model.safetensors that `fastalex train` or `fastalex demo` wrote, by default the demo's; a .pth file
-            of torchvision's; or IMAGENET1K_V1 for torchvision's published weights, which are downloaded once.
+        weights: A model.safetensors that `fastalex train`, `fastalex demo` or `fastalex convert` wrote, by default the
+            demo's; a .pth file of torchvision's; a .caffemodel or .onnx of Caffe's AlexNets; or IMAGENET1K_V1 for
+            torchvision's published weights, which are downloaded once.
         data: Folder with val/CLASS/*.jpg (or test/CLASS/...); by default the Fashion-MNIST sample.
         crops: "centre", or "ten" crops a picture as in the 2012 paper: corners, centre, and their mirror images.
         out: Folder for scores.json (with every class and the confusion matrix) and confusion.png.
@@ -197,8 +198,9 @@ def predict(
     Args:
         images: Picture files (JPEG, PNG, ...), folders of them, addresses (https://...), or - for standard input; by
             default four pictures: of the Fashion-MNIST sample for the demo's model, else photos of scikit-image.
-        weights: A model.safetensors that `fastalex train` or `fastalex demo` wrote, by default the demo's; a .pth file
-            of torchvision's; or IMAGENET1K_V1 for torchvision's published weights, which are downloaded once.
+        weights: A model.safetensors that `fastalex train`, `fastalex demo` or `fastalex convert` wrote, by default the
+            demo's; a .pth file of torchvision's; a .caffemodel or .onnx of Caffe's AlexNets; or IMAGENET1K_V1 for
+            torchvision's published weights, which are downloaded once.
         top: How many classes to name.
         ten_crop: Average the probabilities of corners, centre and their mirror images, as the 2012 paper.
         out: File (PNG) for the first 24 pictures with their classes as bars.
@@ -208,6 +210,26 @@ def predict(
     from fastalex.evaluation import commands
 
     commands.predict(images, weights, top=top, ten_crop=ten_crop, out=out, json_file=json, device=device)
+
+
+def convert(
+    source: Annotated[str, tyro.conf.Positional],
+    target: Annotated[Path, tyro.conf.Positional],
+    classes: Path | None = None,
+    overwrite: bool = False,
+) -> None:
+    """Write weights from elsewhere as a model.safetensors that says its variant, its classes and its preprocessing.
+
+    Args:
+        source: Caffe's bvlc_alexnet.caffemodel or bvlc_reference_caffenet.caffemodel, an AlexNet of the ONNX zoo
+            (bvlcalexnet-12.onnx), a .pth file, or IMAGENET1K_V1 for torchvision's published weights.
+        target: The file to write, called .safetensors.
+        classes: Text file with the name of a class per line; by default ImageNet's 1,000.
+        overwrite: Replace a file that is there.
+    """
+    from fastalex.evaluation import commands
+
+    commands.convert(source, target, classes=classes, overwrite=overwrite)
 
 
 def lpips(
@@ -560,6 +582,7 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "train": train,
     "eval": evaluate,
     "predict": predict,
+    "convert": convert,
     "lpips": lpips,
     "inspect": inspect,
     "bench": bench,
@@ -624,6 +647,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if package not in EXTRAS:
             raise
         fail(f"this command needs {package}: pip install 'fastalex[cli]'")
+    except ImportError as error:
+        if error.name is not None:  # of Python's own; ours say what to install
+            raise
+        fail(error)
     except (OSError, ValueError, FloatingPointError) as error:
         fail(error)
     except KeyboardInterrupt:

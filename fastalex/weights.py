@@ -11,13 +11,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastalex.alexnet import AlexNet, fitting_variants, parameter_shapes
+from fastalex.alexnet import AlexNet, check_shapes, fitting_variants
+from fastalex.card import METADATA_KEY, read_weights
+from fastalex.foreign import caffe, zoo
 from fastalex.variants import VARIANTS, Variant, find_variant
 
-METADATA_KEY = "fastalex"  # of the JSON in a safetensors file's metadata that describes the model: `checkpoint.py`
 TORCHVISION_WEIGHTS = {
     "IMAGENET1K_V1": "https://download.pytorch.org/models/alexnet-owt-7be5be79.pth",
 }
+# what reads a file of this suffix
+FOREIGN = {".caffemodel": caffe.read, ".onnx": zoo.read}
 
 
 def alexnet(
@@ -27,8 +30,9 @@ def alexnet(
 
     weights: None (fresh initialisation); a name of torchvision's ("IMAGENET1K_V1", "DEFAULT", or the members of
         `torchvision.models.AlexNet_Weights`), downloaded once to torch's hub directory; or a path to a `.safetensors`,
-        or to what torch.save wrote (read with weights_only=True): a state_dict in any precision, or a dict that holds
-        one, see `plain_state`.  The model is in float32.
+        to a `.caffemodel` or `.onnx` of Caffe's AlexNets (docs/weights.md), or to what torch.save wrote (read with
+        weights_only=True): a state_dict in any precision, or a dict that holds one, see `plain_state`.  The model is
+        in float32 and takes pictures as `Preprocessing.for_photos` has them, Caffe's too.
     variant: as for `AlexNet`; by default the one that the weights were made for, else "paper".
     kwargs: num_classes (by default the number in the weights) and dropout, for `AlexNet`.
 
@@ -84,6 +88,8 @@ def load_weights(weights: Any, *, progress: bool = True) -> tuple[dict[str, Tens
     if path.suffix == ".safetensors":
         state, variant = _load_safetensors(path)
         return plain_state(state, path), variant
+    if path.suffix in FOREIGN:
+        return FOREIGN[path.suffix](path)
     content = read_pickle(path)
     variant = content.get("variant") if isinstance(content, Mapping) else None
     return plain_state(content, path), variant if isinstance(variant, str) else None
@@ -157,16 +163,7 @@ def download(name: str, url: str, *, progress: bool = True) -> dict[str, Tensor]
 
 
 def _load_safetensors(path: Path) -> tuple[dict[str, Tensor], Variant | str | None]:
-    try:
-        from safetensors import safe_open
-    except ImportError as error:
-        raise ImportError(f"reading {path} needs the safetensors package: pip install safetensors") from error
-    try:
-        with safe_open(path, framework="pt") as file:
-            state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118, not a dict
-            metadata = file.metadata() or {}
-    except Exception as error:  # whatever the package trips over in foreign bytes
-        raise ValueError(f"{path} is not a safetensors file ({error})") from None
+    state, metadata = read_weights(path)
     # what `fastalex train` writes describes its variant, listed or not
     if METADATA_KEY in metadata:
         try:
@@ -174,18 +171,3 @@ def _load_safetensors(path: Path) -> tuple[dict[str, Tensor], Variant | str | No
         except (KeyError, TypeError, ValueError, RecursionError) as error:
             raise ValueError(f"{path}: its description of the model is damaged: {error}") from None
     return state, metadata.get("variant")
-
-
-def check_shapes(state: Mapping[str, Tensor], variant: Variant, classes: int, where: object) -> None:
-    """Raises ValueError unless the variant's parameters have these names and shapes; needs no memory for them.
-
-    A description in a file can ask for any amount.
-    """
-    for name, shape in parameter_shapes(variant, classes).items():
-        if name not in state:
-            raise ValueError(f'the weights {where} lack {name}, which variant "{variant.name}" has')
-        if state[name].shape != shape:
-            raise ValueError(
-                f"{name} is {tuple(state[name].shape)} in the weights {where}, "
-                f'variant "{variant.name}" has {tuple(shape)}'
-            )

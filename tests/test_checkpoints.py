@@ -8,7 +8,8 @@ import torch
 from small_models import narrow
 
 import fastalex
-from fastalex.checkpoint import METADATA_KEY, ModelCard, load_model, load_state, save_model
+from fastalex.card import METADATA_KEY, ModelCard
+from fastalex.checkpoint import load_model, load_state, save_model
 from fastalex.data.preprocessing import Preprocessing
 from fastalex.training.recipes import demo_variant
 from fastalex.variants import VARIANTS, Variant
@@ -91,7 +92,7 @@ def described(tmp_path_factory):
     variant = demo_variant(channels=3)
     card = ModelCard(variant, ("cat", "dog"), Preprocessing.for_photos(3, variant.crop))
     path = tmp_path_factory.mktemp("models") / "model.safetensors"
-    save_model(path, card.build(), card)
+    save_model(path, fastalex.AlexNet.from_card(card), card)
     return path
 
 

@@ -21,8 +21,11 @@ LAYERS = (
     ("fastalex.ops",),
     ("fastalex.functional", "fastalex.dynamo", "fastalex.choices"),
     ("fastalex.nn",),
-    ("fastalex.variants", "fastalex.parallel"),
+    ("fastalex.variants", "fastalex.parallel", "fastalex.data.preprocessing"),
+    ("fastalex.card",),
+    ("fastalex.hub",),
     ("fastalex.alexnet",),
+    ("fastalex.foreign",),
     ("fastalex.weights", "fastalex.describe"),
     ("fastalex.lpips",),
     ("fastalex",),  # what `import fastalex` brings

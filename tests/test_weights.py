@@ -4,23 +4,19 @@ from dataclasses import replace
 
 import pytest
 import torch
-from small_models import narrow
+from small_models import narrow, narrow_twins
 from torch import nn
 
 import fastalex
 from fastalex.alexnet import fitting_variants
 from fastalex.data.preprocessing import Preprocessing
-from fastalex.variants import VARIANTS, Variant
+from fastalex.variants import VARIANTS
 from fastalex.weights import alexnet, load_weights
 
 
 @pytest.fixture
 def small(monkeypatch):
-    """Narrow twins in the place of the variants, so that files of weights stay small."""
-    twins = {name: Variant(**{**vars(narrow(name)), "name": name}) for name in VARIANTS}
-    for name, twin in twins.items():
-        monkeypatch.setitem(VARIANTS, name, twin)
-    return twins
+    return narrow_twins(monkeypatch)
 
 
 def test_pth_round_trip(small, tmp_path):

@@ -25,10 +25,11 @@ MAX_PIXELS = 85_000_000
 MAX_ASPECT = 50
 
 
-def load_classifier(weights: str) -> tuple[AlexNet, ModelCard]:
-    """The model behind a file that `fastalex train` wrote, a checkpoint of torchvision's AlexNet, or the name of its
-    published weights.
+def load_classifier(weights: str, classes: tuple[str, ...] = ()) -> tuple[AlexNet, ModelCard]:
+    """The model behind a file that `fastalex train` wrote, any other file that `fastalex.alexnet` reads, or the name of
+    torchvision's published weights.
 
+    classes: names, for a file that has none; by default ImageNet's, whose order is Caffe's and torchvision's too.
     Raises FileNotFoundError, or ValueError for a file that does not say what its classes are called.
     """
     if weights == str(DEMO_MODEL) and not DEMO_MODEL.is_file():
@@ -37,9 +38,14 @@ def load_classifier(weights: str) -> tuple[AlexNet, ModelCard]:
             f"file, or --weights {next(iter(TORCHVISION_WEIGHTS))} for torchvision's, which know ImageNet's "
             f"{IMAGENET_CLASSES:,} classes"
         )
-    if weights.endswith(".safetensors"):
+    if weights.endswith(".safetensors") and not classes:
         return load_model(Path(weights))
     model = alexnet(weights)
+    looks = Preprocessing.for_photos(3, model.variant.crop)
+    if classes:
+        if len(classes) != model.num_classes:
+            raise ValueError(f"{weights} has {model.num_classes} classes, and {len(classes)} names for them were given")
+        return model.eval(), ModelCard(model.variant, classes, looks)
     if model.num_classes != IMAGENET_CLASSES:
         raise ValueError(
             f"{weights} has {counted(model.num_classes, 'class', 'classes')} and no names for them; "
@@ -47,8 +53,8 @@ def load_classifier(weights: str) -> tuple[AlexNet, ModelCard]:
         )
     from torchvision.models import AlexNet_Weights
 
-    classes = tuple(AlexNet_Weights.IMAGENET1K_V1.meta["categories"])
-    return model.eval(), ModelCard(model.variant, classes, Preprocessing.for_photos(3, model.variant.crop))
+    names = tuple(AlexNet_Weights.IMAGENET1K_V1.meta["categories"])
+    return model.eval(), ModelCard(model.variant, names, looks)
 
 
 def check_classes(card: ModelCard, classes: tuple[str, ...]) -> None:

@@ -11,6 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from fastalex.checkpoint import save_model
 from fastalex.data.choose import open_images
 from fastalex.describe import counted
 from fastalex.devices import find_device
@@ -131,3 +132,19 @@ def predict(
             + (", ..." if len(failures) > 3 else "")
         )
         raise SystemExit(1)
+
+
+def convert(source: str, target: Path, *, classes: Path | None, overwrite: bool) -> None:
+    """Write weights from elsewhere as a file that describes itself."""
+    if target.suffix != ".safetensors":
+        raise ValueError(f"the file to write must be called .safetensors, got {target}")
+    if target.exists() and not overwrite:
+        raise ValueError(f"{target} exists: --overwrite replaces it")
+    lines = [] if classes is None else classes.read_text(encoding="utf-8-sig").splitlines()
+    names = tuple(line.strip() for line in lines if line.strip())
+    model, card = load_classifier(source, names)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    save_model(target, model, card)
+    parameters = sum(value.numel() for value in model.parameters())
+    size = f"{parameters:,} parameters, {counted(len(card.classes), 'class', 'classes')}"
+    tell(f"wrote {target}: variant {card.variant.name}, {size}")

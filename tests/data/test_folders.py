@@ -96,6 +96,7 @@ def test_workers_end_with_their_reader(tree):
 
 @pytest.mark.parametrize("command", ["train", "eval"])
 def test_the_command_ends(command, tree, tmp_path):
+    from fastalex.alexnet import AlexNet
     from fastalex.checkpoint import ModelCard, save_model
     from fastalex.training.recipes import demo_variant
 
@@ -105,7 +106,7 @@ def test_the_command_ends(command, tree, tmp_path):
     if command == "eval":
         variant = demo_variant(channels=3)
         card = ModelCard(variant, ("cat", "dog"), Preprocessing.for_photos(3, variant.crop))
-        save_model(tmp_path / "model.safetensors", card.build(), card)
+        save_model(tmp_path / "model.safetensors", AlexNet.from_card(card), card)
         arguments = ["--weights", str(tmp_path / "model.safetensors")]
     begin = time.monotonic()
     done = subprocess.run(

@@ -3,16 +3,20 @@
 import io
 import json
 import tarfile
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from caffe_files import layers_of, net, zoo_file
 from fuzz_cases import examples
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
+from small_models import narrow_twins
 
 from fastalex import results
+from fastalex.alexnet import AlexNet
 from fastalex.checkpoint import STATE_FORMAT, ModelCard, load_model, load_state, save_model
 from fastalex.data import sources
 from fastalex.data.decode import decode
@@ -124,7 +128,7 @@ WRONG = st.one_of(
 @pytest.fixture(scope="module")
 def safetensors(folder):
     card = ModelCard(TINY, ("cat", "dog"), LOOKS)
-    save_model(folder / "good.safetensors", card.build(), card)
+    save_model(folder / "good.safetensors", AlexNet.from_card(card), card)
     return (folder / "good.safetensors").read_bytes()
 
 
@@ -145,7 +149,7 @@ def test_models(folder, safetensors, data):
     found = read_or_refused(load_model, path)
     read_or_refused(alexnet, path)
     if found is not None:
-        assert found[1].build().variant == found[0].variant
+        assert AlexNet.from_card(found[1]).variant == found[0].variant
 
 
 @examples(40)
@@ -153,11 +157,47 @@ def test_models(folder, safetensors, data):
 def test_checkpoints_and_states(folder, data):
     card = ModelCard(TINY, ("cat", "dog"), LOOKS)
     file = io.BytesIO()
-    torch.save({"format": STATE_FORMAT, "model": card.build().state_dict()}, file)
+    torch.save({"format": STATE_FORMAT, "model": AlexNet.from_card(card).state_dict()}, file)
     content = data.draw(damage(file.getvalue()))
     for name, read in (("weights.pth", alexnet), ("state.pt", load_state)):
         (folder / name).write_bytes(content)
         read_or_refused(read, folder / name)
+
+
+@pytest.fixture(scope="module")
+def caffe_files():
+    """{suffix: bytes} of Caffe's net, narrow, in each kind of file that it comes in."""
+    onnx = pytest.importorskip("onnx")
+    pytest.importorskip("google.protobuf")
+    with pytest.MonkeyPatch.context() as patch:
+        twins = narrow_twins(patch, 24)
+        state = AlexNet(2, variant="bvlc_alexnet").state_dict()
+        layers = layers_of(twins["bvlc_alexnet"], state)
+        light = Path(onnx.__file__).parent / "backend/test/data/light/light_bvlc_alexnet.onnx"
+        return {
+            "old.caffemodel": net(layers, old=True, legacy=True),
+            "new.caffemodel": net(layers),
+            "zoo.onnx": zoo_file(light, state).SerializeToString(),
+        }
+
+
+@examples(60)
+@given(st.sampled_from(["old.caffemodel", "new.caffemodel", "zoo.onnx"]), st.data())
+def test_caffes_files(folder, caffe_files, name, data):
+    """Most of their bytes are weights; what lies between, the layers, is damaged as often as they are."""
+    content = caffe_files[name]
+    if data.draw(st.booleans()):
+        content = data.draw(damage(content))
+    else:
+        layer = data.draw(st.sampled_from([b"conv", b"pool", b"norm", b"fc", b"relu", b"n0", b"r"]))
+        place = max(0, content.find(layer, data.draw(st.integers(0, len(content)))) - 40)
+        content = content[:place] + data.draw(damage(content[place : place + 120])) + content[place + 120 :]
+    path = folder / name
+    path.write_bytes(content)
+    with pytest.MonkeyPatch.context() as patch:
+        narrow_twins(patch, 24)
+        model = read_or_refused(alexnet, path)
+    assert model is None or all(value.isfinite().all() for value in model.parameters())
 
 
 @pytest.fixture(scope="module")
