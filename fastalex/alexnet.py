@@ -176,7 +176,8 @@ class AlexNet(nn.Module):
     def from_file(cls: type[Model], path: Path) -> Model:
         """The model in a file that `fastalex train` or `save_pretrained` wrote, in evaluation mode.
 
-        Raises ValueError for a file of another kind, ImportError where the package safetensors is missing.
+        Raises FileNotFoundError, ValueError for a file of another kind, ImportError where the package safetensors is
+        missing.
         """
         weights, metadata = read_weights(path)
         if METADATA_KEY not in metadata:

@@ -67,7 +67,7 @@ def save_weights(path: Path, weights: Mapping[str, Tensor], card: ModelCard) -> 
 def read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """All tensors of a safetensors file, and its metadata.
 
-    Raises ValueError for a file of another kind, ImportError where the package is missing.
+    Raises FileNotFoundError, ValueError for a file of another kind, ImportError where the package is missing.
     """
     try:
         from safetensors import safe_open
@@ -75,6 +75,8 @@ def read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise ModuleNotFoundError(
             f"reading {path} needs the safetensors package: pip install safetensors", name="safetensors"
         ) from error
+    if not path.is_file():
+        raise FileNotFoundError(f"no checkpoint at {path}")
     try:
         with safe_open(path, framework="pt") as file:
             return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118, not a dict

@@ -17,8 +17,7 @@ from typing import Any
 import torch
 
 from fastalex.alexnet import AlexNet
-from fastalex.card import MODEL as MODEL
-from fastalex.card import ModelCard, save_weights
+from fastalex.card import MODEL, ModelCard, save_weights
 from fastalex.files import replacing
 
 STATE, PREVIOUS_STATE = "state.pt", "state.previous.pt"
@@ -37,8 +36,6 @@ def load_model(path: Path) -> tuple[AlexNet, ModelCard]:
 
     Raises FileNotFoundError, or ValueError for a file of another kind.
     """
-    if not path.is_file():
-        raise FileNotFoundError(f"no checkpoint at {path}")
     model = AlexNet.from_file(path)
     assert model.card is not None
     return model, model.card

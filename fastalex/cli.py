@@ -29,7 +29,7 @@ Without a command: --version, and --tyro-write-completion SHELL FILE for complet
 WORDS = {
     **dict.fromkeys(("data", "keep", "out"), "FOLDER"),
     **dict.fromkeys(("chart", "compare", "index", "json", "map", "markdown", "readme", "results", "trunk"), "FILE"),
-    "val_labels": "FILE",
+    **dict.fromkeys(("names", "val_labels"), "FILE"),
     **dict.fromkeys(("first", "second"), "PICTURE"),
     "images": "[PICTURE ...]",
     "kernel": "TEXT",
@@ -215,7 +215,7 @@ def predict(
 def convert(
     source: Annotated[str, tyro.conf.Positional],
     target: Annotated[Path, tyro.conf.Positional],
-    classes: Path | None = None,
+    names: Path | None = None,
     overwrite: bool = False,
 ) -> None:
     """Write weights from elsewhere as a model.safetensors that says its variant, its classes and its preprocessing.
@@ -224,12 +224,12 @@ def convert(
         source: Caffe's bvlc_alexnet.caffemodel or bvlc_reference_caffenet.caffemodel, an AlexNet of the ONNX zoo
             (bvlcalexnet-12.onnx), a .pth file, or IMAGENET1K_V1 for torchvision's published weights.
         target: The file to write, called .safetensors.
-        classes: Text file with the name of a class per line; by default ImageNet's 1,000.
+        names: Text file with the name of a class per line; by default ImageNet's 1,000.
         overwrite: Replace a file that is there.
     """
     from fastalex.evaluation import commands
 
-    commands.convert(source, target, classes=classes, overwrite=overwrite)
+    commands.convert(source, target, names=names, overwrite=overwrite)
 
 
 def lpips(

@@ -48,7 +48,7 @@ def test_a_converted_file_is_the_same_model(files, capsys):
     shown = []
     for weights in ("caffenet.caffemodel", "new/caffenet.safetensors"):
         cli.main(["predict", "cat.png", "--weights", weights, "--device", "cpu"])
-        shown.append(capsys.readouterr().out.replace(weights, ""))
+        shown.append(capsys.readouterr().out.replace(weights, "WEIGHTS"))
     assert "the 5 likeliest" in shown[0]
     assert shown[0] == shown[1]
 
@@ -56,11 +56,11 @@ def test_a_converted_file_is_the_same_model(files, capsys):
 def test_names_of_other_classes(files, capsys):
     assert "has 7 classes and no names" in error_of(capsys, "convert", "seven.caffemodel", "seven.safetensors")
     (files / "names.txt").write_text("".join(f"bird {i}\n" for i in range(7)))
-    cli.main(["convert", "seven.caffemodel", "seven.safetensors", "--classes", "names.txt"])
+    cli.main(["convert", "seven.caffemodel", "seven.safetensors", "--names", "names.txt"])
     assert fastalex.AlexNet.from_file(files / "seven.safetensors").card.classes[6] == "bird 6"
     (files / "names.txt").write_text("one\ntwo\n")
-    message = error_of(capsys, "convert", "seven.caffemodel", "x.safetensors", "--classes", "names.txt")
-    assert "has 7 classes, and 2 names" in message
+    message = error_of(capsys, "convert", "seven.caffemodel", "x.safetensors", "--names", "names.txt")
+    assert "has 7 classes, 2 names were given" in message
 
 
 def test_nothing_is_lost(files, capsys):
@@ -84,12 +84,12 @@ def test_eval_takes_caffes_files(files, capsys):
         (files / "pictures/val" / name).mkdir(parents=True)
         Image.effect_noise((300, 260), 60).convert("RGB").save(files / "pictures/val" / name / "0.png")
     arguments = ["--data", "pictures", "--workers", "0", "--device", "cpu"]
-    assert "the model knows 1000 classes" in error_of(capsys, "eval", "--weights", "caffenet.caffemodel", *arguments)
+    assert "the model knows 1,000 classes" in error_of(capsys, "eval", "--weights", "caffenet.caffemodel", *arguments)
     (files / "names.txt").write_text("a\nb\n")
     (files / "two.caffemodel").write_bytes(
         net(layers_of(fastalex.variants.VARIANTS["caffenet"], fastalex.AlexNet(2, variant="caffenet").state_dict()))
     )
-    cli.main(["convert", "two.caffemodel", "two.safetensors", "--classes", "names.txt"])
+    cli.main(["convert", "two.caffemodel", "two.safetensors", "--names", "names.txt"])
     cli.main(["eval", "--weights", "two.safetensors", *arguments])
     assert "top" in capsys.readouterr().out.lower()
 

@@ -44,7 +44,9 @@ def load_classifier(weights: str, classes: tuple[str, ...] = ()) -> tuple[AlexNe
     looks = Preprocessing.for_photos(3, model.variant.crop)
     if classes:
         if len(classes) != model.num_classes:
-            raise ValueError(f"{weights} has {model.num_classes} classes, and {len(classes)} names for them were given")
+            raise ValueError(
+                f"{weights} has {counted(model.num_classes, 'class', 'classes')}, {len(classes)} names were given"
+            )
         return model.eval(), ModelCard(model.variant, classes, looks)
     if model.num_classes != IMAGENET_CLASSES:
         raise ValueError(

@@ -134,15 +134,14 @@ def predict(
         raise SystemExit(1)
 
 
-def convert(source: str, target: Path, *, classes: Path | None, overwrite: bool) -> None:
+def convert(source: str, target: Path, *, names: Path | None, overwrite: bool) -> None:
     """Write weights from elsewhere as a file that describes itself."""
     if target.suffix != ".safetensors":
         raise ValueError(f"the file to write must be called .safetensors, got {target}")
     if target.exists() and not overwrite:
         raise ValueError(f"{target} exists: --overwrite replaces it")
-    lines = [] if classes is None else classes.read_text(encoding="utf-8-sig").splitlines()
-    names = tuple(line.strip() for line in lines if line.strip())
-    model, card = load_classifier(source, names)
+    lines = [] if names is None else names.read_text(encoding="utf-8-sig").splitlines()
+    model, card = load_classifier(source, tuple(line.strip() for line in lines if line.strip()))
     target.parent.mkdir(parents=True, exist_ok=True)
     save_model(target, model, card)
     parameters = sum(value.numel() for value in model.parameters())
