@@ -315,9 +315,10 @@ def _conv2d_geometry(
 ) -> tuple[Tensor, tuple[tuple[int, int], tuple[int, int], tuple[int, int]], int]:
     """The input, (stride, padding, dilation) in numbers, and groups.
 
-    The input is padded here where "same" needs a row or a column more on one side, and where oneDNN would die (of a
-    SIGSEGV, in PyTorch 2.14): strided and dilated, with windows that lie wholly in the padding, on one or two columns.
-    The dilation of a single cell is 1, for the same reason.
+    The input is padded here where "same" needs a row or a column more on one side, and where PyTorch 2.14's oneDNN goes
+    wrong: it dies of a SIGSEGV, strided and dilated, with windows that lie wholly in the padding, on one or two
+    columns; and its weight gradient reads what lies behind a padded input narrower than a step, in bfloat16 and
+    channels_last.  The dilation of a single cell is 1, for the first reason.
     """
     steps, spread, groups = pair(stride, "stride"), pair(dilation, "dilation"), operator.index(groups)
     text = padding if isinstance(padding, str) else None
@@ -336,7 +337,7 @@ def _conv2d_geometry(
         border, after = (reach[0] // 2, reach[1] // 2), [reach[0] % 2, reach[1] % 2]
     else:
         for i in (0, 1):
-            if steps[i] > 1 and spread[i] > 1 and border[i] > reach[i]:
+            if (steps[i] > 1 and spread[i] > 1 and border[i] > reach[i]) or input.shape[2 + i] < steps[i]:
                 before[i] = after[i] = border[i]
         border = border[0] - before[0], border[1] - before[1]
     if any(before) or any(after):

@@ -54,10 +54,12 @@ def attempt(function, *args, **kwargs):
         return error
 
 
-def compare(ours, theirs, inputs, grad_values, dtype, *, exact=True, floor=0.0, packed=dense):
+def compare(ours, theirs, inputs, grad_values, dtype, *, exact=True, floor=0.0, packed=dense, leaks=False):
     """Forward and gradients of `ours` on `inputs` against `theirs` on packed copies; a refusal for a refusal.
 
     The copies keep their layout: where an infinity meets padding, torch's algorithm decides about NaN.
+    `leaks`: torch's algorithm lets NaN into neighbouring elements, other ones in other layouts.  Then ours is NaN where
+    float64's is, and equal where neither is.
     """
     mine = [t if t is None else t.detach().requires_grad_() for t in inputs]
     copies = [t if t is None else packed(t.detach()).clone() for t in inputs]
@@ -71,6 +73,12 @@ def compare(ours, theirs, inputs, grad_values, dtype, *, exact=True, floor=0.0, 
         raise AssertionError(f"torch computes {tuple(expected.shape)}") from got
     rounding = ROUNDING[dtype]
     assert got.dtype == dtype
+    if leaks and not torch.equal(got.isnan(), expected.isnan()):
+        nowhere = theirs(*(t if t is None else t.detach().double() for t in copies)).isnan()
+        assert got.isnan()[nowhere].all(), "NaN is lost"
+        either = got.isnan() | expected.isnan()
+        assert_same(got.masked_fill(either, 0), expected.masked_fill(either, 0), 0.0 if exact else rounding, "forward")
+        return
     assert_same(got, expected, 0.0 if exact else rounding, "forward")
     with torch.no_grad():
         assert_same(attempt(ours, *inputs), expected, 0.0 if exact else rounding, "inference")
@@ -127,9 +135,15 @@ def test_conv2d_relu(mode, data):
 
     def check():
         with backend.use(mode), without_blocks(inputs):
-            compare(lambda x, w, b: F.conv2d_relu(x, w, b, **geometry), theirs, inputs, grad, dtype, packed=as_batch)
+            ours = lambda x, w, b: F.conv2d_relu(x, w, b, **geometry)  # noqa: E731
+            compare(ours, theirs, inputs, grad, dtype, packed=as_batch, leaks=leaks(inputs))
 
     forked(check)
+
+
+def leaks(inputs):
+    """oneDNN pairs the channels of bfloat16: it multiplies what lies behind an odd one in memory by 0."""
+    return inputs[0].dtype == torch.bfloat16 and inputs[1].shape[1] % 2 == 1
 
 
 def as_batch(t):

@@ -369,3 +369,22 @@ def test_a_wrong_candidate_is_noticed(monkeypatch):
     monkeypatch.setitem(CONV2D_RELU.candidates, "library", wrong)
     with pytest.raises(AssertionError, match="elements differ"):
         test_every_candidate("conv2d_relu", "library")
+
+
+@pytest.mark.parametrize("geometry", [((1, 4), (0, 2), 2), ((1, 2), (0, 1), 1), ((3, 3), (2, 2), 1)])
+def test_weight_gradient_of_images_narrower_than_a_step(geometry):
+    """Where oneDNN reads what lies behind a padded input: another number in every call."""
+    stride, padding, groups = geometry
+    narrow = stride[1] - 1
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randint(-2, 3, (1, 10, 13, narrow), generator=generator).double()
+    w = torch.randint(-1, 2, (6, 10 // groups, 2, padding[1] + 1), generator=generator).double().requires_grad_()
+    out = torch.nn.functional.conv2d(x, w, None, stride, padding, 1, groups).relu()
+    (expected,) = torch.autograd.grad(out.sum(), w)
+    last = w.detach().bfloat16().contiguous(memory_format=torch.channels_last).requires_grad_()
+    for filling in range(5):
+        for size in (10, 100, 1000, 5000):
+            torch.full((size,), 3.0 + filling, dtype=torch.bfloat16)  # what the allocator hands out next
+        out = F.conv2d_relu(x.bfloat16(), last, None, stride, padding, 1, groups)
+        (grad,) = torch.autograd.grad(out.float().sum(), last)
+        assert torch.equal(grad.double(), expected)
