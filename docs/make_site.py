@@ -101,8 +101,11 @@ def moved(text: str, path: str) -> str:
 
     def link(match: re.Match[str]) -> str:
         target, mark, anchor = match[2].partition("#")
-        if not target or re.match(r"\w+:", target):
+        if re.match(r"\w+:", target):
             return match[0]
+        anchor = re.sub("-+", "-", anchor)  # as Markdown's toc names headings; GitHub keeps both dashes of "a + b"
+        if not target:
+            return f"{match[1]}(#{anchor})"
         file = posixpath.normpath(posixpath.join(posixpath.dirname(path), target))
         place = place_of(file)
         if place is None or place.endswith(".ipynb"):
@@ -112,7 +115,7 @@ def moved(text: str, path: str) -> str:
 
     fenced = re.compile(r"(^```.*?^```$)", re.MULTILINE | re.DOTALL)
     return "".join(
-        part if part.startswith("```") else re.sub(r"(\])\(([^)\s]+)\)", link, part) for part in fenced.split(whole)
+        part if part.startswith("```") else re.sub(r"(\])\(([^)\s]+)\)", link, part) for part in fenced.split(text)
     )
 
 
@@ -185,7 +188,7 @@ def reference() -> dict[str, str]:
 
 # -------------------------------------------------------------------------------------------------------- the commands
 def help_of(*command: str) -> str:
-    """What `fastalex COMMAND --help` prints, 100 columns wide and without colours."""
+    """What `fastalex COMMAND --help` prints, without colours."""
     output = io.StringIO()
     with contextlib.redirect_stdout(output), contextlib.suppress(SystemExit):
         cli.main([*command, "--help"])
@@ -196,8 +199,8 @@ def commands() -> Iterator[tuple[str, ...]]:
     """Every command of the program, those of groups too."""
     for name in cli.COMMANDS:
         yield (name,)
-        _, _, nested = help_of(name).partition("─ subcommands ")
-        for inner in re.findall(r"^│ +• ([\w-]+) ", nested, re.MULTILINE):
+        _, _, nested = help_of(name).partition("subcommands")
+        for inner in re.findall(r"^[│ ]+• ([\w-]+) ", nested, re.MULTILINE):
             yield name, inner
 
 
@@ -223,9 +226,9 @@ def navigation(folder: Path) -> list[Any]:
 
 def config(folder: Path) -> dict[str, Any]:
     handler = {
-        "paths": [str(ROOT)],
+        "paths": [str(BUILD / "python")],
         "options": {
-            "extensions": [{"docs/docstrings.py:Parameters": {}}],
+            "extensions": [f"{ROOT / 'docs' / 'docstrings.py'}:Parameters"],
             "docstring_style": None,
             "docstring_section_style": "list",
             "heading_level": 2,
@@ -234,6 +237,8 @@ def config(folder: Path) -> dict[str, Any]:
             "show_source": False,
             "show_signature_annotations": True,
             "separate_signature": True,
+            "merge_init_into_class": True,
+            "show_labels": False,
             "members_order": "source",
             "filters": ["!^_", "!^forward$", "!^extra_repr$"],
             "line_length": 100,
@@ -242,7 +247,8 @@ def config(folder: Path) -> dict[str, Any]:
     return {
         "site_name": "fastalex",
         "site_description": fastalex.__doc__,
-        "repo_url": repository(),
+        # no repo_url: with it every page asks GitHub for its stars
+        "extra": {"social": [{"icon": "fontawesome/brands/github", "link": repository(), "name": "source"}]},
         "docs_dir": folder.relative_to(BUILD).as_posix(),
         "site_dir": "site",
         "use_directory_urls": False,  # so that index.html opens as a file
@@ -256,7 +262,8 @@ def config(folder: Path) -> dict[str, Any]:
                 {"media": "(prefers-color-scheme: dark)", "scheme": "slate"},
             ],
         },
-        "plugins": ["search", "offline", {"mkdocstrings": {"handlers": {"python": handler}}}],
+        # not the plugin "offline": it loads a script from the network
+        "plugins": ["search", {"mkdocstrings": {"handlers": {"python": handler}}}],
         "markdown_extensions": [
             "tables",
             {"toc": {"permalink": True}},
@@ -265,6 +272,17 @@ def config(folder: Path) -> dict[str, Any]:
             "md_in_html",
         ],
     }
+
+
+def copy_package(folder: Path) -> None:
+    """The Python files, with an __init__.py in every folder: griffe knows no other folders inside a package."""
+    shutil.rmtree(folder, ignore_errors=True)
+    for file in (ROOT / "fastalex").rglob("*.py"):
+        target = folder / file.relative_to(ROOT)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(file, target)
+        for parent in target.relative_to(folder).parents[:-1]:
+            (folder / parent / "__init__.py").touch()
 
 
 def write_sources(folder: Path) -> None:
@@ -280,12 +298,14 @@ def write_sources(folder: Path) -> None:
 
 
 def main() -> None:
-    os.environ |= {"COLUMNS": "100", "NO_COLOR": "1"}
+    os.environ |= {"COLUMNS": "88", "NO_COLOR": "1"}  # as wide as a page
+    copy_package(BUILD / "python")
     write_sources(BUILD / "docs")
     command = [sys.executable, "-m", "zensical", "build", "--strict", "--clean", "-f", str(BUILD / "mkdocs.yml")]
     if subprocess.run(command, cwd=ROOT).returncode:
         sys.exit("the site is not complete: see above")
-    print(f"open {(BUILD / 'site' / 'index.html').relative_to(Path.cwd())}")
+    site = os.path.relpath(BUILD / "site")
+    print(f"open {site}/index.html, or, for its search too: python -m http.server --bind 127.0.0.1 -d {site}")
 
 
 if __name__ == "__main__":
