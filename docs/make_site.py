@@ -40,9 +40,12 @@ PAGES = {
 }
 # sections of the site, with the pages of this folder in their order; pages that are named nowhere end the guide
 SECTIONS: dict[str, list[str]] = {
-    "Guide": ["training.md", "weights.md", "data.md", "lpips.md", "pytorch.md", "cli.md", "faq.md", "gallery.md"],
+    "Guide": [
+        *("training.md", "notebooks/fine_tuning.md", "weights.md", "data.md", "lpips.md", "pytorch.md", "cli.md"),
+        *("gallery.md", "faq.md"),
+    ],
     "Speed": ["benchmarks.md", "gpu.md", "cpu.md", "dispatch.md", "scaling.md"],
-    "Kernels": ["tour.md", "kernels.md", "adding_a_kernel.md"],
+    "Kernels": ["tour.md", "notebooks/tour.md", "kernels.md", "adding_a_kernel.md"],
 }
 PROJECT = ["changelog.md", "contributing.md", "security.md"]
 
@@ -89,7 +92,7 @@ def place_of(path: str) -> str | None:
     """Where a file of the repository lies in the site; None if it is not in it."""
     if path in PAGES:
         return PAGES[path]
-    if path.startswith("docs/") and path.endswith((".md", ".png", ".svg", ".ipynb")):
+    if path.startswith("docs/") and path.endswith((".md", ".png", ".svg", ".ipynb", ".css")):
         return path.removeprefix("docs/")
     return None
 
@@ -251,6 +254,7 @@ def config(folder: Path) -> dict[str, Any]:
         "extra": {"social": [{"icon": "fontawesome/brands/github", "link": repository(), "name": "source"}]},
         "docs_dir": folder.relative_to(BUILD).as_posix(),
         "site_dir": "site",
+        "extra_css": ["site.css"],
         "use_directory_urls": False,  # so that index.html opens as a file
         "nav": navigation(folder),
         "theme": {

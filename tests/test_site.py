@@ -6,14 +6,18 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 pytest.importorskip("tyro")
 
+import torch
+
 import fastalex
 from fastalex import cli
+from fastalex.variants import VARIANTS
 
 ROOT = Path(__file__).parents[1]
 NOTEBOOKS = sorted((ROOT / "docs" / "notebooks").glob("*.ipynb"))
@@ -96,6 +100,15 @@ def test_code_of_the_questions(capsys):
         exec(block, {})
     sizes = re.findall(r"(\w+) \(1, \d+, (\d+), (\d+)\)", capsys.readouterr().out)
     assert sizes == [("code2012", "27", "27"), *((v, "55", "55") for v in ("paper", "torchvision", "bvlc_alexnet"))]
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_the_least_pictures_of_the_questions(name):
+    least = {"code2012": 64, "bvlc_alexnet": 67, "caffenet": 67}.get(name, 63)
+    model = fastalex.AlexNet(2, variant=replace(VARIANTS[name], hidden=(2, 2)))
+    assert model(torch.zeros(1, 3, least, least)).shape == (1, 2)
+    with pytest.raises(ValueError, match="does not fit"):
+        model(torch.zeros(1, 3, least - 1, least - 1))
 
 
 @pytest.mark.parametrize("file", NOTEBOOKS, ids=lambda file: file.stem)
