@@ -6,7 +6,6 @@ import os
 import re
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -105,10 +104,11 @@ def test_code_of_the_questions(capsys):
 @pytest.mark.parametrize("name", VARIANTS)
 def test_the_least_pictures_of_the_questions(name):
     least = {"code2012": 64, "bvlc_alexnet": 67, "caffenet": 67}.get(name, 63)
-    model = fastalex.AlexNet(2, variant=replace(VARIANTS[name], hidden=(2, 2)))
-    assert model(torch.zeros(1, 3, least, least)).shape == (1, 2)
-    with pytest.raises(ValueError, match="does not fit"):
-        model(torch.zeros(1, 3, least - 1, least - 1))
+    with torch.device("meta"):
+        model = fastalex.AlexNet(2, variant=name)
+        assert model(torch.zeros(1, 3, least, least)).shape == (1, 2)
+        with pytest.raises(ValueError, match="does not fit"):
+            model(torch.zeros(1, 3, least - 1, least - 1))
 
 
 @pytest.mark.parametrize("file", NOTEBOOKS, ids=lambda file: file.stem)
