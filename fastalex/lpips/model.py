@@ -132,7 +132,7 @@ class LPIPS(nn.Module):
     Under autocast the convolutions run in its dtype and distances are float32.
     Raises ValueError for unknown arguments, FileNotFoundError and OSError where weights are missing.
 
-    Source: https://github.com/richzhang/PerceptualSimilarity, BSD-2; the notice lies beside lin.npz.
+    Source: https://github.com/richzhang/PerceptualSimilarity, BSD-2; its notice is fastalex/lpips/LICENSE.
     """
 
     def __init__(

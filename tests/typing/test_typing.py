@@ -19,6 +19,7 @@ def run(*command, **options):
     return done.stdout
 
 
+@pytest.mark.slow
 def test_the_script_runs():
     run(sys.executable, SCRIPT, env={**os.environ, "PYTHONPATH": str(ROOT)})
 
@@ -27,12 +28,13 @@ def test_the_script_runs():
 def editable(tmp_path_factory):
     """An environment in which fastalex is installed editable, and everything else is that of the tests."""
     folder = tmp_path_factory.mktemp("editable")
-    venv.create(folder, with_pip=True)
+    venv.create(folder)
     python = folder / "bin" / "python"
     site = Path(run(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))").strip())
     # setuptools, and torch for the script; the link to this checkout, if the tests' environment has one, comes later
     (site / "zz_tests.pth").write_text(sysconfig.get_path("purelib") + "\n")
-    run(python, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation", "-e", ROOT)
+    pip = (sys.executable, "-m", "pip", "--python", python, "--disable-pip-version-check")
+    run(*pip, "install", "--quiet", "--no-deps", "--no-build-isolation", "-e", ROOT)
     assert str(ROOT) in run(python, "-c", "import fastalex; print(fastalex.__file__)", cwd=folder)
     return python
 
