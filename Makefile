@@ -22,7 +22,8 @@ help:
 	@echo "make dist-test     wheel and source distribution, in environments of their own"
 	@echo "make clean         remove $(VENV), $(OLDEST), build and dist"
 
-INSTALL := -m pip install --quiet --disable-pip-version-check
+# twice quiet: errors alone
+INSTALL := -m pip install -qq --disable-pip-version-check
 
 # A stamp is younger than pyproject.toml when its part of the environment is complete.
 $(VENV)/bin/python:

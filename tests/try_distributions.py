@@ -65,7 +65,7 @@ def environment(interpreter: str, folder: Path) -> Path:
 def try_one(interpreter: str, wheel: Path, sdist: Path, folder: Path) -> str:
     """What was seen, in a line.  Raises Failed."""
     python = environment(interpreter, folder / "environment")
-    install = (python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check")
+    install = (python, "-m", "pip", "install", "-qq", "--disable-pip-version-check")
     try:
         run(*install, f"{wheel}[test]")
     except Failed as error:
