@@ -41,7 +41,16 @@ PAGES = {
 # sections of the site, with the pages of this folder in their order; pages that are named nowhere end the guide
 SECTIONS: dict[str, list[str]] = {
     "Guide": [
-        *("training.md", "notebooks/fine_tuning.md", "weights.md", "data.md", "lpips.md", "pytorch.md", "cli.md"),
+        *(
+            "training.md",
+            "notebooks/fine_tuning.md",
+            "imagenet.md",
+            "weights.md",
+            "data.md",
+            "lpips.md",
+            "pytorch.md",
+            "cli.md",
+        ),
         *("gallery.md", "faq.md"),
     ],
     "Speed": ["benchmarks.md", "gpu.md", "cpu.md", "dispatch.md", "scaling.md"],
