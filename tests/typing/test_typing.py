@@ -6,8 +6,11 @@ import sys
 import sysconfig
 import venv
 from pathlib import Path
+from typing import get_args
 
 import pytest
+
+from fastalex.variants import VARIANTS, VariantName
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = Path(__file__).with_name("script.py")
@@ -17,6 +20,10 @@ def run(*command, **options):
     done = subprocess.run([str(part) for part in command], capture_output=True, text=True, **options)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
+
+
+def test_the_names_of_variants():
+    assert get_args(VariantName) == tuple(VARIANTS)
 
 
 @pytest.mark.slow
