@@ -7,28 +7,38 @@ OLDEST := .venv-oldest
 OLDEST_VERSIONS := torch==2.11.* triton==3.6.* torchvision==0.26.* 'numpy>=2.4'
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all test-oldest bench kernel-table gallery lint clean
+.PHONY: help demo test test-all test-oldest bench kernel-table docs gallery lint dist-test clean
 
 help:
-	@echo "make demo      train a small AlexNet on real pictures and show what it learnt (results in runs/demo)"
-	@echo "make test      the fast tests, on the CPU"
-	@echo "make test-all  all tests, and twenty minutes of fuzzing"
-	@echo "make test-oldest  the fast tests with the oldest PyTorch and Triton that are supported, in $(OLDEST)"
-	@echo "make bench     timings against PyTorch (results in runs/bench)"
+	@echo "make demo          train a small AlexNet on real pictures and show what it learnt (results in runs/demo)"
+	@echo "make test          the fast tests, on the CPU"
+	@echo "make test-all      all tests, and twenty minutes of fuzzing"
+	@echo "make test-oldest   the fast tests with the oldest PyTorch and Triton that are supported, in $(OLDEST)"
+	@echo "make bench         timings against PyTorch (results in runs/bench)"
+	@echo "make docs          the documentation as a site: build/site/index.html"
 	@echo "make kernel-table  machine code and traffic of the kernels: docs/kernels.md, tests/kernels/baseline.json"
-	@echo "make gallery   docs/gallery.md with its pictures, experiments included"
-	@echo "make lint      ruff and mypy"
-	@echo "make clean     remove $(VENV) and $(OLDEST)"
+	@echo "make gallery       docs/gallery.md with its pictures, experiments included"
+	@echo "make lint          ruff and mypy"
+	@echo "make dist-test     wheel and source distribution, in environments of their own"
+	@echo "make clean         remove $(VENV), $(OLDEST), build and dist"
 
-# the stamp is younger than pyproject.toml when the environment is complete
-$(VENV)/installed: pyproject.toml
-	$(PYTHON) -m venv $(VENV)
-	$(RUN) -m pip install --upgrade pip
-	$(RUN) -m pip install -e '.[dev]'
-	touch $@
+# twice quiet: errors alone
+INSTALL := -m pip install -qq --disable-pip-version-check
 
-demo: $(VENV)/installed
-	$(RUN) -m fastalex demo
+# A stamp is younger than pyproject.toml when its part of the environment is complete.
+$(VENV)/bin/python:
+	@$(PYTHON) -m venv $(VENV)
+
+$(VENV)/demo $(VENV)/docs $(VENV)/installed: pyproject.toml | $(VENV)/bin/python
+	@echo "installing into $(VENV), once; PyTorch is most of it"
+	@$(RUN) $(INSTALL) -e '.[$(EXTRAS)]'
+	@touch $@
+$(VENV)/demo: EXTRAS = cli,cpu
+$(VENV)/docs: EXTRAS = docs
+$(VENV)/installed: EXTRAS = dev
+
+demo: $(VENV)/demo
+	@$(RUN) -m fastalex demo
 
 # two processes with one thread each: on two cores faster than one process with two threads
 test: $(VENV)/installed
@@ -39,8 +49,7 @@ test-all: $(VENV)/installed
 
 $(OLDEST)/installed: pyproject.toml Makefile
 	$(PYTHON) -m venv $(OLDEST)
-	$(OLDEST)/bin/python -m pip install --upgrade pip
-	$(OLDEST)/bin/python -m pip install -e '.[test,bench]' $(OLDEST_VERSIONS)
+	$(OLDEST)/bin/python $(INSTALL) -e '.[test,bench]' $(OLDEST_VERSIONS)
 	touch $@
 
 test-oldest: $(OLDEST)/installed
@@ -54,6 +63,10 @@ bench: $(VENV)/installed
 kernel-table: $(VENV)/installed
 	$(RUN) -m fastalex inspect --markdown docs/kernels.md --json tests/kernels/baseline.json
 
+# strict: a broken link, a missing name or a wrong reference ends it
+docs: $(VENV)/docs
+	@$(RUN) docs/make_site.py
+
 gallery: $(VENV)/installed
 	$(RUN) docs/make_gallery.py
 
@@ -62,5 +75,9 @@ lint: $(VENV)/installed
 	$(RUN) -m ruff format --check
 	$(RUN) -m mypy
 
+# wheel and source distribution, built, installed and tried with every Python from 3.10 on that is found
+dist-test: $(VENV)/installed
+	$(RUN) tests/try_distributions.py
+
 clean:
-	rm -rf $(VENV) $(OLDEST)
+	rm -rf $(VENV) $(OLDEST) build dist

@@ -15,7 +15,7 @@ from benchmarks import providers
 from benchmarks.harness import DTYPES, Case, Expected, Race, Run, check, device, tf32
 from fastalex import AlexNet, backend
 from fastalex.check.eager import eager_twin
-from fastalex.variants import Variant
+from fastalex.variants import Variant, find_variant
 
 # pictures that are compared with the float64 reference
 CHECKED = 4
@@ -33,7 +33,7 @@ def images_and_labels(case: Case) -> tuple[Tensor, Tensor]:
 def new_model(variant: str | Variant, dropout: float) -> AlexNet:
     torch.manual_seed(0)
     with torch.device(device()):
-        model = AlexNet(dropout=dropout, variant=variant)
+        model = AlexNet(dropout=dropout, variant=find_variant(variant))
     return model.to(memory_format=torch.channels_last)
 
 
@@ -50,7 +50,7 @@ def flops(variant: str | Variant, shape: Sequence[int], backward: bool) -> int:
         return counter.get_total_flops()
 
     with torch.device("meta"):
-        twin = eager_twin(AlexNet(dropout=0.0, variant=variant))
+        twin = eager_twin(AlexNet(dropout=0.0, variant=find_variant(variant)))
         images = torch.empty(tuple(shape))
         if not backward:
             return forward(twin)

@@ -7,6 +7,7 @@ from fastalex.dynamo import explain, fuse
 from fastalex.lpips.model import LPIPS
 from fastalex.weights import alexnet
 
+# the only place of the version; pyproject.toml reads it here
 __version__ = "0.1.0"
 
 __all__ = ["HAS_TRITON", "LPIPS", "AlexNet", "alexnet", "backend", "choices", "explain", "functional", "fuse", "nn"]

@@ -6,7 +6,7 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +25,7 @@ from fastalex.nn import (
     convolution_of,
     is_traced,
 )
-from fastalex.variants import VARIANTS, Conv, Variant, find_variant
+from fastalex.variants import VARIANTS, Conv, Variant, VariantName, find_variant
 
 
 class Features(nn.Sequential):
@@ -119,7 +119,7 @@ class AlexNet(nn.Module):
 
     card: ModelCard | None = None
 
-    def __init__(self, num_classes: int = 1000, dropout: float = 0.5, *, variant: str | Variant = "paper"):
+    def __init__(self, num_classes: int = 1000, dropout: float = 0.5, *, variant: VariantName | Variant = "paper"):
         super().__init__()
         self.variant = find_variant(variant)
         self.num_classes = num_classes
@@ -137,6 +137,10 @@ class AlexNet(nn.Module):
         for layer, (std, bias) in zip(layers, values, strict=True):
             nn.init.normal_(layer.weight, 0.0, std)
             nn.init.constant_(layer.bias, bias)
+
+    if TYPE_CHECKING:
+
+        def __call__(self, input: Tensor) -> Tensor: ...
 
     def forward(self, input: Tensor) -> Tensor:
         if not is_traced(input):

@@ -21,11 +21,13 @@ import importlib.util
 import logging
 import os
 from collections.abc import Iterator
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
-MODES = ("auto", "triton", "reference")
+Mode = Literal["auto", "triton", "reference"]
+MODES: tuple[Mode, ...] = get_args(Mode)
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -33,22 +35,23 @@ KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _log = logging.getLogger("fastalex")
 
 
-def _checked(mode: str) -> str:
-    if mode not in MODES:
-        raise ValueError(f"backend must be one of {', '.join(MODES)}, got {mode!r}")
-    return mode
+def _checked(mode: str) -> Mode:
+    for known in MODES:
+        if mode == known:
+            return known
+    raise ValueError(f"backend must be one of {', '.join(MODES)}, got {mode!r}")
 
 
 _mode = _checked(os.environ.get("FASTALEX_BACKEND", "auto"))
 
 
-def current() -> str:
+def current() -> Mode:
     """The mode in force: "auto", "triton" or "reference"."""
     return _mode
 
 
 @contextlib.contextmanager
-def use(mode: str) -> Iterator[None]:
+def use(mode: Mode) -> Iterator[None]:
     """Run the block in the given mode.  Raises ValueError for a mode that does not exist."""
     global _mode
     before, _mode = _mode, _checked(mode)

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Sequence, Sized
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor, fx, nn
@@ -91,6 +91,47 @@ def local_response_norm(
     return call(ops.local_response_norm, input, [size, alpha, beta, k, groups])
 
 
+@overload
+def max_pool2d(
+    input: Tensor,
+    kernel_size: IntOrPair,
+    stride: IntOrPair | None = None,
+    padding: IntOrPair = 0,
+    dilation: IntOrPair = 1,
+    ceil_mode: bool = False,
+    return_indices: Literal[False] = False,
+) -> Tensor: ...
+@overload
+def max_pool2d(
+    input: Tensor,
+    kernel_size: IntOrPair,
+    stride: IntOrPair | None = None,
+    padding: IntOrPair = 0,
+    dilation: IntOrPair = 1,
+    ceil_mode: bool = False,
+    *,
+    return_indices: Literal[True],
+) -> tuple[Tensor, Tensor]: ...
+@overload
+def max_pool2d(
+    input: Tensor,
+    kernel_size: IntOrPair,
+    stride: IntOrPair | None,
+    padding: IntOrPair,
+    dilation: IntOrPair,
+    ceil_mode: bool,
+    return_indices: Literal[True],
+) -> tuple[Tensor, Tensor]: ...
+@overload
+def max_pool2d(
+    input: Tensor,
+    kernel_size: IntOrPair,
+    stride: IntOrPair | None = None,
+    padding: IntOrPair = 0,
+    dilation: IntOrPair = 1,
+    ceil_mode: bool = False,
+    return_indices: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]: ...
 def max_pool2d(
     input: Tensor,
     kernel_size: IntOrPair,
@@ -152,7 +193,7 @@ def lrn_max_pool2d(
         return reference.lrn_max_pool2d(input, size, alpha, beta, k, window, step, groups=groups)
     if window[0] * window[1] > MAX_CELLS:
         normalised = local_response_norm(input, size, alpha, beta, k, groups=groups)
-        return max_pool2d(normalised, window, step)  # type: ignore[return-value]
+        return max_pool2d(normalised, window, step)
     codes_wanted = _needs_grad(input)
     return call(ops.lrn_max_pool2d, input, [size, alpha, beta, k, groups], [*window, *step], after_relu, codes_wanted)[
         0
@@ -198,7 +239,7 @@ def conv2d_relu_max_pool2d(
         output = conv2d_relu(input, weight, bias, *geometry, groups)
         if norm is not None:
             output = local_response_norm(output, *norm[:4], groups=norm.groups)
-        return max_pool2d(output, window, step)  # type: ignore[return-value]
+        return max_pool2d(output, window, step)
     flat = [*conv.flat, *window, *step]
     return call(ops.conv2d_relu_pool, input, weight, bias, flat, list(norm or ()), _needs_grad(input, weight, bias))[0]
 

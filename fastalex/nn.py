@@ -5,7 +5,7 @@ A state_dict of the module that each one stands for loads unchanged.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, fx, nn
 
@@ -87,6 +87,10 @@ class ConvReLU2d(nn.Conv2d):
         )
         self.padding = numeric_padding(self)
 
+    if TYPE_CHECKING:
+
+        def __call__(self, input: Tensor) -> Tensor: ...
+
     def forward(self, input: Tensor) -> Tensor:
         weight, geometry = convolution_of(self, input)
         return F.conv2d_relu(input, weight, self.bias, *geometry)
@@ -99,6 +103,10 @@ class LocalResponseNorm(nn.LocalResponseNorm):
         super().__init__(size, alpha, beta, k)
         self.groups = groups
 
+    if TYPE_CHECKING:
+
+        def __call__(self, input: Tensor) -> Tensor: ...
+
     def forward(self, input: Tensor) -> Tensor:
         return F.local_response_norm(input, self.size, self.alpha, self.beta, self.k, groups=self.groups)
 
@@ -109,7 +117,7 @@ class LocalResponseNorm(nn.LocalResponseNorm):
 class MaxPool2d(nn.MaxPool2d):
     """nn.MaxPool2d: (N, C, H, W) -> (N, C, OH, OW)."""
 
-    def forward(self, input: Tensor):
+    def forward(self, input: Tensor) -> Any:  # as torch's: with return_indices a pair
         return F.max_pool2d(
             input,
             self.kernel_size,
@@ -145,6 +153,10 @@ class LRNMaxPool2d(nn.Module):
         self.stride = kernel_size if stride is None else stride
         self.after_relu = after_relu
 
+    if TYPE_CHECKING:
+
+        def __call__(self, input: Tensor) -> Tensor: ...
+
     def forward(self, input: Tensor) -> Tensor:
         size, alpha, beta, k, groups = self.norm
         return F.lrn_max_pool2d(
@@ -168,6 +180,10 @@ class LinearReLUDropout(nn.Linear):
         if not 0 <= p <= 1:
             raise ValueError(f"p, the dropout probability, must lie in [0, 1], got {p}")
         self.p = p
+
+    if TYPE_CHECKING:
+
+        def __call__(self, input: Tensor) -> Tensor: ...
 
     def forward(self, input: Tensor) -> Tensor:
         return F.linear_relu_dropout(input, self.weight, self.bias, self.p, self.training)

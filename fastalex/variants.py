@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from fastalex import fields
 from fastalex.functional import ResponseNorm
@@ -182,6 +182,9 @@ CAFFENET = Variant(
     hidden_bias=1.0,
 )
 VARIANTS: Mapping[str, Variant] = {v.name: v for v in (PAPER, CODE2012, TORCHVISION, BVLC_ALEXNET, CAFFENET)}
+
+
+VariantName = Literal["paper", "code2012", "torchvision", "bvlc_alexnet", "caffenet"]
 
 
 def find_variant(variant: str | Variant) -> Variant:

@@ -14,7 +14,7 @@ from torch import Tensor
 from fastalex.alexnet import AlexNet, check_shapes, fitting_variants
 from fastalex.card import METADATA_KEY, read_weights
 from fastalex.foreign import caffe, zoo
-from fastalex.variants import VARIANTS, Variant, find_variant
+from fastalex.variants import VARIANTS, Variant, VariantName, find_variant
 
 TORCHVISION_WEIGHTS = {
     "IMAGENET1K_V1": "https://download.pytorch.org/models/alexnet-owt-7be5be79.pth",
@@ -24,7 +24,7 @@ FOREIGN = {".caffemodel": caffe.read, ".onnx": zoo.read}
 
 
 def alexnet(
-    weights: Any = None, *, variant: str | Variant | None = None, progress: bool = True, **kwargs: Any
+    weights: Any = None, *, variant: VariantName | Variant | None = None, progress: bool = True, **kwargs: Any
 ) -> AlexNet:
     """An AlexNet, with weights if asked for, in training mode.
 
@@ -43,14 +43,13 @@ def alexnet(
         return AlexNet(variant=variant or "paper", **kwargs)
     state, made_for = load_weights(weights, progress=progress)
     fitting = fitting_variants(state)
-    if variant is None:
-        variant = made_for or (fitting[0] if fitting else "paper")
-    if isinstance(variant, str) and variant == made_for and variant not in VARIANTS:
+    chosen: str | Variant = made_for or (fitting[0] if fitting else "paper") if variant is None else variant
+    if isinstance(chosen, str) and chosen == made_for and chosen not in VARIANTS:
         raise ValueError(
-            f'the weights {weights} are of variant "{variant}", which is none of {", ".join(VARIANTS)}, and the file '
+            f'the weights {weights} are of variant "{chosen}", which is none of {", ".join(VARIANTS)}, and the file '
             "does not describe it: call alexnet(weights, variant=Variant(...)) with the variant that was trained"
         )
-    wanted = find_variant(variant)
+    wanted = find_variant(chosen)
     name = made_for.name if isinstance(made_for, Variant) else made_for
     if name is not None and (name in VARIANTS or isinstance(made_for, Variant)) and name != wanted.name:
         raise ValueError(f'the weights {weights} are of variant "{name}", not "{wanted.name}"')

@@ -2,6 +2,7 @@
 
 import os
 import signal
+from pathlib import Path
 
 os.environ.setdefault("TRITON_INTERPRET", "1")
 
@@ -13,6 +14,12 @@ pytest_plugins = ["on_device"]
 
 # Tests send Ctrl-C to themselves and their children, and a job in the background of a script starts with it ignored.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+# A source distribution holds the kernels once, in the package.
+KERNELS = Path(__file__).parents[1] / "kernels"
+if not KERNELS.exists():
+    KERNELS.symlink_to("fastalex/kernels")
 
 
 def pytest_configure(config):

@@ -1,11 +1,14 @@
 """What is built and installed, and what an import costs."""
 
+import ast
+import hashlib
 import os
 import re
 import subprocess
 import sys
 import tarfile
 import zipfile
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -93,6 +96,36 @@ def test_commands_without_the_parser_of_the_command_line():
     assert done.stderr == "fastalex: error: the command line needs tyro: pip install 'fastalex[cli]'\n"
 
 
+def test_the_version_is_said_once():
+    import fastalex
+
+    assignments = [node for node in ast.parse((ROOT / "fastalex" / "__init__.py").read_text()).body]
+    (version,) = [n.value.value for n in assignments if isinstance(n, ast.Assign) and n.targets[0].id == "__version__"]
+    assert fastalex.__version__ == version
+    project = (ROOT / "pyproject.toml").read_text()
+    assert re.search(r'^dynamic = \["version"\]', project, re.MULTILINE)
+    assert version not in project
+    assert f"\nversion: {version}\n" in (ROOT / "CITATION.cff").read_text()
+    assert version in (ROOT / "CHANGELOG.md").read_text()
+
+
+def test_the_address_is_everywhere_the_same():
+    """Documents, templates and citation: what looks like an address of the repository is that of pyproject.toml."""
+    urls = re.findall(r'^(Repository|Issues|Changelog) = "(.*)"', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
+    address = dict(urls)["Repository"]
+    assert len(urls) == 3
+    assert all(url.startswith(address) for _, url in urls)
+    files = [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("docs/**/*.ipynb"), ROOT / "CITATION.cff"]
+    files += (ROOT / ".github").rglob("*.*")
+    found = {
+        (file.name, match)
+        for file in files
+        for match in re.findall(r"https://github\.com/[\w-]*/fastalex\b", file.read_text("utf-8"))
+    }
+    assert {match for _, match in found} == {address}
+    assert {name for name, _ in found} >= {"CITATION.cff", "SECURITY.md"}
+
+
 def test_the_oldest_versions_are_those_of_the_requirements():
     versions = re.search(r"^OLDEST_VERSIONS := (.*)", (ROOT / "Makefile").read_text(), re.MULTILINE)[1]
     oldest = re.findall(r"(torch|triton)==([\d.]+)\.\*", versions)
@@ -132,17 +165,35 @@ def test_wheel_holds_the_pictures_and_their_notice(built):
     with zipfile.ZipFile(built[0]) as wheel:
         names = wheel.namelist()
         assert wheel.getinfo("fastalex/data/fashion_mnist/pictures.xz").compress_size < 2_500_000
-    assert "fastalex/data/fashion_mnist/LICENSE" in names
+    notices = {name.partition(".dist-info/licenses/")[2] for name in names}
+    assert {"LICENSE", "fastalex/data/fashion_mnist/LICENSE", "fastalex/lpips/LICENSE"} <= notices
     assert "fastalex/py.typed" in names
     assert built[0].stat().st_size < 3_000_000
 
 
 @pytest.mark.slow
-def test_sdist_holds_real_kernels(built):
+def test_sdist_holds_real_kernels_and_what_its_tests_read(built):
     with tarfile.open(built[1]) as sdist:
         members = {member.name.partition("/")[2]: member for member in sdist.getmembers()}
     assert kernel_files() <= set(members)
     assert all(members[name].isfile() for name in kernel_files())
+    read = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
+    if read.returncode:
+        pytest.skip("no checkout")
+    left_out = {name for name in read.stdout.splitlines() if name not in members}
+    assert {name for name in left_out if not name.startswith("kernels/")} <= {".ci/run", "fastalex/kernels"}
+
+
+@pytest.mark.slow
+def test_no_file_is_there_twice(built):
+    with zipfile.ZipFile(built[0]) as wheel:
+        in_wheel = [wheel.read(name) for name in wheel.namelist()]
+    with tarfile.open(built[1]) as sdist:
+        files = [m for m in sdist.getmembers() if m.isfile() and ".egg-info/" not in m.name]  # setuptools' own
+        in_sdist = [sdist.extractfile(member).read() for member in files]
+    for contents in (in_wheel, in_sdist):
+        counts = Counter(hashlib.sha256(content).digest() for content in contents if len(content) > 100)
+        assert max(counts.values()) == 1
 
 
 @pytest.mark.slow

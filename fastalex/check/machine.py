@@ -11,6 +11,7 @@ from importlib import metadata
 
 import torch
 
+from fastalex import __version__
 from fastalex.check.kernels import DTYPES, copy_rate, random
 from fastalex.check.runner import Context, Item, Row
 
@@ -29,7 +30,7 @@ def identity(device: str) -> Row:
         "torch": torch.__version__,
         "triton": version("triton"),
         "numpy": version("numpy"),
-        "fastalex": version("fastalex"),
+        "fastalex": __version__,
         "device": platform.processor() or platform.machine(),
     }
     if device == "cuda":

@@ -120,7 +120,7 @@ class Job:
         """Images come as decoders leave them and in channels_last: only the first layer sees a difference."""
         number, crop = DTYPES[dtype], VARIANTS[variant].crop
         with torch.device(context.device):
-            model = AlexNet(variant=variant).to(number)
+            model = AlexNet(variant=VARIANTS[variant]).to(number)
             images = torch.zeros(batch, 3, crop, crop, dtype=number)
         found: dict[str, Row] = {}
         for layout in (torch.channels_last, torch.contiguous_format):

@@ -85,7 +85,7 @@ def distances_of(
             raise ValueError(f"pictures must have one size: {sizes} pixels")
         images = [picture[None].to(device).float() / 255 for picture in pictures]
         try:
-            distance = loss(*images, normalize=True).item()
+            distance = loss(images[0], images[1], normalize=True).item()
             if maps is not None:
                 target = maps if len(pairs) == 1 else maps / f"{Path(name).stem}.png"
                 draw(loss, pictures, images, [path.name for path in paths], distance, target)
@@ -99,7 +99,7 @@ def draw(
 ) -> None:
     loss.spatial = True
     try:
-        found = loss(*images, normalize=True)[0, 0].cpu()
+        found = loss(images[0], images[1], normalize=True)[0, 0].cpu()
     finally:
         loss.spatial = False
     figures.distance_map(pictures, names, found, distance, path)

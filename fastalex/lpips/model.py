@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import numpy as np
 import torch
@@ -132,7 +132,7 @@ class LPIPS(nn.Module):
     Under autocast the convolutions run in its dtype and distances are float32.
     Raises ValueError for unknown arguments, FileNotFoundError and OSError where weights are missing.
 
-    Source: https://github.com/richzhang/PerceptualSimilarity, BSD-2; the notice lies beside lin.npz.
+    Source: https://github.com/richzhang/PerceptualSimilarity, BSD-2; its notice is fastalex/lpips/LICENSE.
     """
 
     def __init__(
@@ -221,6 +221,22 @@ class LPIPS(nn.Module):
             lin.weight.data.copy_(found[0].view(1, -1, 1, 1))
 
     # ------------------------------------------------------------------------------------------------------- calls
+    if TYPE_CHECKING:
+
+        @overload
+        def __call__(
+            self, in0: Tensor, in1: Tensor, retPerLayer: Literal[False] = False, normalize: bool = False
+        ) -> Tensor: ...
+        @overload
+        def __call__(
+            self, in0: Tensor, in1: Tensor, retPerLayer: Literal[True], normalize: bool = False
+        ) -> tuple[Tensor, list[Tensor]]: ...
+        @overload
+        def __call__(
+            self, in0: Tensor, in1: Tensor, retPerLayer: bool, normalize: bool = False
+        ) -> Tensor | tuple[Tensor, list[Tensor]]: ...
+        def __call__(self, *args: Any, **kwargs: Any) -> Any: ...
+
     def forward(
         self, in0: Tensor, in1: Tensor, retPerLayer: bool = False, normalize: bool = False
     ) -> Tensor | tuple[Tensor, list[Tensor]]:
@@ -259,6 +275,18 @@ class LPIPS(nn.Module):
             return self.net(self._scaled(image, normalize))
         return call(ops.lpips_features, image, self._scaling(), self._trunk(image), self.pnet_type, normalize)
 
+    @overload
+    def distance(
+        self, image: Tensor, features: Sequence[Tensor], retPerLayer: Literal[False] = False, normalize: bool = False
+    ) -> Tensor: ...
+    @overload
+    def distance(
+        self, image: Tensor, features: Sequence[Tensor], retPerLayer: Literal[True], normalize: bool = False
+    ) -> tuple[Tensor, list[Tensor]]: ...
+    @overload
+    def distance(
+        self, image: Tensor, features: Sequence[Tensor], retPerLayer: bool, normalize: bool = False
+    ) -> Tensor | tuple[Tensor, list[Tensor]]: ...
     def distance(
         self, image: Tensor, features: Sequence[Tensor], retPerLayer: bool = False, normalize: bool = False
     ) -> Tensor | tuple[Tensor, list[Tensor]]:
