@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from fastalex.alexnet import AlexNet
-from fastalex.card import MODEL, ModelCard, save_weights
+from fastalex.card import METADATA_KEY, MODEL, ModelCard, save_weights
 from fastalex.files import replacing
 
 STATE, PREVIOUS_STATE = "state.pt", "state.previous.pt"
@@ -29,6 +29,17 @@ DEMO_MODEL = Path("runs/demo") / MODEL
 def save_model(path: Path, model: AlexNet, card: ModelCard) -> None:
     """Raises OSError when the file cannot be written."""
     save_weights(path, model.state_dict(), card)
+
+
+def describes_itself(path: Path) -> bool:
+    """Whether `save_model` wrote a file, as far as its heading says."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            return METADATA_KEY in (file.metadata() or {})
+    except (OSError, SafetensorError):
+        return False
 
 
 def load_model(path: Path) -> tuple[AlexNet, ModelCard]:

@@ -70,40 +70,52 @@ def demo(out: Path = DEMO_MODEL.parent, epochs: int = 24, device: str | None = N
 
 def train(
     data: Path | None = None,
-    recipe: Literal["demo", "paper", "caffe", "torchvision", "fast"] | None = None,
+    recipe: Literal["photos", "fine-tune", "demo", "paper", "caffe", "torchvision", "fast"] | None = None,
     variant: Literal["demo", "paper", "code2012", "torchvision", "bvlc_alexnet", "caffenet"] | None = None,
+    init: str | None = None,
+    freeze: Literal["nothing", "features", "backbone"] | None = None,
+    backbone_lr: float | None = None,
     out: Path = Path("runs/train"),
     epochs: int | None = None,
     batch_size: int | None = None,
     lr: float | None = None,
     label_smoothing: float | None = None,
     amp: Literal["off", "bf16", "fp16"] | None = None,
-    accumulate: int = 1,
-    compile: bool = False,
-    parallel: Literal["data", "hybrid"] = "data",
-    deterministic: bool = False,
+    accumulate: int | None = None,
+    compile: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False,
+    parallel: Literal["data", "hybrid"] | None = None,
+    deterministic: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False,
     device: str | None = None,
     workers: int | None = None,
-    on_error: Literal["stop", "skip"] = "stop",
-    seed: int = 0,
+    on_error: Literal["stop", "skip"] | None = None,
+    seed: int | None = None,
     resume: bool = False,
-    save_minutes: float = 10.0,
+    save_minutes: float | None = None,
     save_steps: int | None = None,
-    tensorboard: bool = False,
+    tensorboard: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False,
 ) -> None:
     """Train a model; after every epoch a checkpoint and a line of metrics.jsonl are written to the output folder.
 
+    Own pictures take a small network for 64x64 pictures (recipe "photos", minutes on a CPU), or from 100,000 pictures
+    of 100 classes on the network and the recipe of 2012 ("paper"); what is chosen is printed first.
     SIGTERM and Ctrl-C save the state and end the run. On several GPUs: torchrun --nproc-per-node 8 -m fastalex train
     ...
 
     Args:
-        data: Folder with train/CLASS/*.jpg and val/CLASS/*.jpg; by default the Fashion-MNIST sample that ships
-            with fastalex.
-        recipe: How to train: "paper" (2012), "caffe" (its bvlc_alexnet), "torchvision", "fast" (large batches for
-            many GPUs), "demo" (minutes on a CPU). By default "demo", or "paper" with another --variant.
-        variant: Which AlexNet, by default the recipe's: "demo" is narrow and takes 64x64 pictures, the others have
-            the full size.
-        out: Folder for model.safetensors (for eval and predict), state.pt (for --resume) and metrics.jsonl.
+        data: Folder with CLASS/*.jpg, of which a fifth is held out for testing; or with train/CLASS/*.jpg and
+            val/CLASS/*.jpg; by default the Fashion-MNIST sample that ships with fastalex.
+        recipe: How to train: "photos" (own pictures, few or many), "fine-tune" (on from --init), "paper" (2012),
+            "caffe" (its bvlc_alexnet), "torchvision", "fast" (large batches for many GPUs), "demo" (the sample). By
+            default as said above, with --init "fine-tune", and for the sample "demo", or "paper" with another
+            --variant.
+        variant: Which AlexNet, by default the recipe's or that of --init: "demo" is narrow and takes 64x64 pictures,
+            the others have the full size.
+        init: Weights to start from instead of random ones: IMAGENET1K_V1, a file as for predict, or the folder of a
+            run. The last layer is made anew where it is for other classes; pictures are prepared as for the weights.
+        freeze: Keep the weights of --init in the convolutions ("features") or in all but the last layer ("backbone").
+        backbone_lr: Learning rate of all layers but the last, relative to --lr: by default 1, and 0.1 in "fine-tune".
+        out: Folder for model.safetensors (for eval and predict), state.pt and settings.json (for --resume) and
+            metrics.jsonl.
         epochs: Passes over the training pictures.
         batch_size: Pictures per step, in all processes together.
         lr: Highest learning rate.
@@ -116,31 +128,19 @@ def train(
         device: cpu, cuda, cuda:1, ...; by default a GPU if there is one.
         workers: Processes that read pictures from --data, 0 for none; by default one per core, 8 at most.
         on_error: What a damaged picture in a folder does: "stop" ends with its path, "skip" reads every picture once
-            before it starts, leaves out what cannot be read, and lists it.
-        seed: Of the initial weights, the order of the pictures, the crops and the dropout.
-        resume: Go on with the run in the output folder, if there is one.
-        save_minutes: How often state.pt is written within an epoch.
+            before it starts, leaves out what cannot be read, and lists it; by default "stop".
+        seed: Of the initial weights, the order of the pictures, the crops and the dropout; by default 0.
+        resume: Go on with the run in the output folder, if there is one, with its own settings; other arguments change
+            what may change (epochs, device, workers, save_minutes, ...), and are refused where they contradict it.
+        save_minutes: How often state.pt is written within an epoch; by default every 10.
         save_steps: Write state.pt after this many steps, too.
         tensorboard: Write metrics for TensorBoard, too, into the output folder.
     """
-    from fastalex.training import launch
-    from fastalex.training.options import Options
+    flags = {name: str(value) if isinstance(value, Path) else value for name, value in locals().items()}
+    del flags["out"], flags["resume"]
+    from fastalex.training.launch import launch
 
-    changes = {
-        "epochs": epochs,
-        "batch_size": batch_size,
-        "lr": lr,
-        "label_smoothing": label_smoothing,
-        "amp": amp,
-        "seed": seed,
-    }
-    chosen = launch.choose_recipe(recipe, variant, channels=1 if data is None else 3, changes=changes)
-    options = Options(accumulate, compile, parallel, save_minutes, save_steps, tensorboard)
-    if deterministic:
-        launch.deterministic()
-    where = launch.choose_device(device)
-    images = launch.choose_data(data, chosen, workers=workers, on_error=on_error)
-    launch.launch(chosen, images, where, out, options=options, resume=resume)
+    launch(flags, out, resume=resume)
 
 
 def evaluate(

@@ -27,7 +27,7 @@ def run(folder: Path = FOLDER, epochs: int = DEMO_RECIPE.epochs, device: torch.d
     """Train, classify, print and draw; everything goes to `folder`.  Returns the test accuracy."""
     recipe = replace(DEMO_RECIPE, epochs=epochs)
     data = FashionMNIST(FashionMNIST.preprocessing_for(recipe.variant.in_channels, recipe.variant.crop))
-    model = build_model(recipe, len(data.classes), device)
+    model = build_model(recipe, data.classes, device)
     console.print(
         f"AlexNet with {sum(p.numel() for p in model.parameters()):,} parameters, "
         f"{data.count('train'):,} training and {data.count('test'):,} test pictures of {len(data.classes)} classes"

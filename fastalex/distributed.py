@@ -98,6 +98,13 @@ def sum_over_processes(tensor: Tensor) -> Tensor:
     return tensor
 
 
+def largest_over_processes(tensor: Tensor) -> Tensor:
+    """The elementwise maximum of the tensor over all processes, in place."""
+    if size() > 1:
+        dist.all_reduce(tensor, dist.ReduceOp.MAX)
+    return tensor
+
+
 def largest(number: int, device: torch.device) -> int:
     """The largest of all processes' numbers."""
     if size() == 1:

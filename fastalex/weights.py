@@ -6,7 +6,7 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -23,10 +23,24 @@ TORCHVISION_WEIGHTS = {
 FOREIGN = {".caffemodel": caffe.read, ".onnx": zoo.read}
 
 
+class Named(Protocol):
+    """A member of `torchvision.models.AlexNet_Weights`."""
+
+    @property
+    def name(self) -> str: ...
+
+
 def alexnet(
-    weights: Any = None, *, variant: VariantName | Variant | None = None, progress: bool = True, **kwargs: Any
+    weights: str | os.PathLike[str] | Named | None = None,
+    *,
+    variant: VariantName | Variant | None = None,
+    num_classes: int | None = None,
+    dropout: float = 0.5,
+    progress: bool = True,
 ) -> AlexNet:
     """An AlexNet, with weights if asked for, in training mode.
+
+        >>> model = fastalex.alexnet("IMAGENET1K_V1", num_classes=6)  # all but the last layer know ImageNet
 
     weights: None (fresh initialisation); a name of torchvision's ("IMAGENET1K_V1", "DEFAULT", or the members of
         `torchvision.models.AlexNet_Weights`), downloaded once to torch's hub directory; or a path to a `.safetensors`,
@@ -34,13 +48,15 @@ def alexnet(
         weights_only=True): a state_dict in any precision, or a dict that holds one, see `plain_state`.  The model is
         in float32 and takes pictures as `Preprocessing.for_photos` has them, Caffe's too.
     variant: as for `AlexNet`; by default the one that the weights were made for, else "paper".
-    kwargs: num_classes (by default the number in the weights) and dropout, for `AlexNet`.
+    num_classes: outputs of the last layer, by default as many as in the weights, without weights 1000.  Another number
+        than theirs makes it a new layer, as `AlexNet` initialises it, under the layers that the weights fill.
+    dropout: as for `AlexNet`.
 
     Raises FileNotFoundError for a missing path, OSError, naming the file to fetch by hand, where a download fails, and
     ValueError for weights that do not fit the variant, naming the one that they do fit.
     """
     if weights is None:
-        return AlexNet(variant=variant or "paper", **kwargs)
+        return AlexNet(1000 if num_classes is None else num_classes, dropout, variant=variant or "paper")
     state, made_for = load_weights(weights, progress=progress)
     fitting = fitting_variants(state)
     chosen: str | Variant = made_for or (fitting[0] if fitting else "paper") if variant is None else variant
@@ -60,15 +76,18 @@ def alexnet(
     if last is None or last.dim() != 2:
         raise ValueError(f"the weights {weights} have no matrix classifier.6.weight: they are of another network")
     classes = last.shape[0]
-    if kwargs.setdefault("num_classes", classes) != classes:
-        raise ValueError(f"num_classes is {kwargs['num_classes']}, but the weights {weights} have {classes} classes")
     check_shapes(state, wanted, classes, weights)
-    model = AlexNet(variant=wanted, **kwargs)
+    model = AlexNet(classes if num_classes is None else num_classes, dropout, variant=wanted)
     try:
-        model.load_state_dict(state)
+        model.load_state_dict(state if model.num_classes == classes else {**state, **head_of(model)})
     except RuntimeError as error:
         raise ValueError(f'the weights {weights} do not fit variant "{wanted.name}": {error}') from None
     return model
+
+
+def head_of(model: AlexNet) -> dict[str, Tensor]:
+    """The part of a model's state_dict that depends on its classes: the last layer's."""
+    return {f"classifier.6.{name}": value for name, value in model.classifier[6].state_dict().items()}
 
 
 def load_weights(weights: Any, *, progress: bool = True) -> tuple[dict[str, Tensor], Variant | str | None]:

@@ -6,8 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
-from fastalex.data.image_sets import FashionMNIST, Folders, ImageSet
-from fastalex.data.packed import PackedSet, is_packed
+from fastalex.data.image_sets import FashionMNIST, Folders, ImageSet, list_pictures
+from fastalex.data.packed import PackedSet, is_packed, read_meta
 from fastalex.data.preprocessing import Preprocessing
 
 
@@ -22,7 +22,8 @@ def open_images(
 ) -> ImageSet:
     """A folder of pictures, a packed set, or (None) the sample that ships with the package.
 
-    report: told of each picture that is left out.  Raises as `Folders` and `PackedSet` do.
+    report: told of each picture that is left out, and of what is held out where the folder does not say that itself.
+    Raises as `Folders` and `PackedSet` do.
     """
     if data is None:
         return FashionMNIST(preprocessing)
@@ -31,4 +32,19 @@ def open_images(
     folders = Folders(data, preprocessing, splits=splits, workers=workers, on_error=on_error)
     for path, reason in folders.unreadable:
         report(f"skipped {path}: {reason}")
+    if folders.split_here:
+        held = folders.count("test")
+        report(f"{data} has no train/ and val/: {held:,} pictures, a fifth of each class, are held out for testing")
     return folders
+
+
+def training_pictures(data: Path) -> tuple[int, int]:
+    """How many pictures a folder or a packed set has to train with, and of how many classes; none is read.
+
+    Raises as `Folders` and `PackedSet` do.
+    """
+    if is_packed(data):
+        meta = read_meta(data)
+        return meta["splits"].get("train", {"slots": 0})["slots"], len(meta["classes"])
+    listing = list_pictures(data, ("train",))
+    return len(listing.samples["train"]), len(listing.classes)

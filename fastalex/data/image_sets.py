@@ -7,6 +7,7 @@ augmentation (pictures of 256x256, crops of 224x224, mirror images), done on bat
 
 from __future__ import annotations
 
+import hashlib
 import os
 import signal
 from collections.abc import Iterator, Sequence
@@ -19,6 +20,9 @@ from torch import Tensor
 
 from fastalex.data import fashion_mnist
 from fastalex.data.preprocessing import Preprocessing
+from fastalex.data.sources import subfolders
+
+HELD_OUT = 0.2  # of each class, where a folder does not say which pictures are for testing
 
 
 class ImageSet(Protocol):
@@ -120,14 +124,69 @@ def _stacked(items: list[Any]) -> Any:
     return wrong or torch.utils.data.default_collate(items)
 
 
+class Listing(NamedTuple):
+    """Picture files below a folder: {split: [(path, index of its class)]}; split_here: as `held_out` chose."""
+
+    classes: tuple[str, ...]
+    samples: dict[str, list[tuple[str, int]]]
+    split_here: bool
+
+
+def list_pictures(root: Path, splits: tuple[str, ...]) -> Listing:
+    """What `root/train/CLASS/` and `root/val/CLASS/` (or `test`) hold, or `root/CLASS/`.
+
+    Raises FileNotFoundError, naming the folder, where there is none or it holds no pictures, ValueError where the
+    two folders hold different classes, or none of the pictures in `root/CLASS/` can be held out.
+    """
+    from torchvision import datasets
+
+    folders = {"train": root / "train", "test": root / "test" if (root / "test").is_dir() else root / "val"}
+    if root.is_dir() and subfolders(root) and not any(folder.is_dir() for folder in folders.values()):
+        whole = datasets.ImageFolder(str(root))
+        chosen = held_out(root, whole.samples)
+        if not chosen:
+            raise ValueError(f"{root} has no class with two pictures: none can be held out for testing")
+        parts = {
+            "train": [sample for sample in whole.samples if sample not in chosen],
+            "test": [sample for sample in whole.samples if sample in chosen],
+        }
+        return Listing(tuple(whole.classes), {split: parts[split] for split in splits}, True)
+    for split in splits:
+        if not folders[split].is_dir():
+            raise FileNotFoundError(
+                f"no folder {folders[split]}: pictures belong in {folders[split]}/CLASS/, or all in {root}/CLASS/"
+            )
+    found = {split: datasets.ImageFolder(str(folders[split])) for split in splits}
+    classes, *others = (tuple(pictures.classes) for pictures in found.values())
+    if any(other != classes for other in others):
+        raise ValueError(f"{folders['train']} and {folders['test']} must hold folders for the same classes")
+    return Listing(classes, {split: pictures.samples for split, pictures in found.items()}, False)
+
+
+def held_out(root: Path, samples: list[tuple[str, int]]) -> set[tuple[str, int]]:
+    """A fifth of the pictures of each class, one at least of two, for testing.
+
+    The choice follows from the names below `root`: it is the same wherever the folder lies and in every command, and a
+    picture that is added moves few others.
+    """
+    by_class: dict[int, list[tuple[bytes, tuple[str, int]]]] = {}
+    for sample in samples:
+        name = Path(sample[0]).relative_to(root).as_posix()
+        by_class.setdefault(sample[1], []).append((hashlib.blake2b(name.encode()).digest(), sample))
+    return {
+        sample
+        for drawn in by_class.values()
+        for _, sample in sorted(drawn)[: max(min(1, len(drawn) - 1), round(HELD_OUT * len(drawn)))]
+    }
+
+
 class Folders:
-    """Pictures in `root/train/<class>/` and `root/val/<class>/` (or `test`), read in worker processes.
+    """Pictures in folders as `list_pictures` finds them, read in worker processes.
 
     The short side is resized as `preprocessing` says and the middle square is cut out, as in the 2012 paper.
     on_error: a picture that cannot be read ends `batches` with a ValueError that names it ("stop"), or is left out,
     and listed in `unreadable` ("skip"); for that every picture is read once before.
-    Raises FileNotFoundError, naming the folder, where there is none or it holds no pictures, ValueError where the
-    two folders hold different classes.
+    split_here: as in `Listing`.  Raises as `list_pictures`.
     """
 
     def __init__(
@@ -139,7 +198,6 @@ class Folders:
         workers: int | None = None,
         on_error: Literal["stop", "skip"] = "stop",
     ) -> None:
-        from torchvision import datasets
         from torchvision.transforms import v2
 
         if workers is not None and workers < 0:
@@ -153,16 +211,9 @@ class Folders:
                 *([v2.Grayscale()] if preprocessing.channels == 1 else []),
             ]
         )
-        folders = {"train": root / "train", "test": root / "test" if (root / "test").is_dir() else root / "val"}
-        for split in splits:
-            if not folders[split].is_dir():
-                raise FileNotFoundError(f"no folder {folders[split]}: pictures belong in {folders[split]}/CLASS/")
-        found = {split: datasets.ImageFolder(str(folders[split])) for split in splits}
-        self.classes, *others = (tuple(pictures.classes) for pictures in found.values())
-        if any(classes != self.classes for classes in others):
-            raise ValueError(f"{folders['train']} and {folders['test']} must hold folders for the same classes")
+        self.classes, samples, self.split_here = list_pictures(root, splits)
         self._workers = min(8, os.cpu_count() or 1) if workers is None else workers
-        self._splits = {split: _Files(pictures.samples, transform) for split, pictures in found.items()}
+        self._splits = {split: _Files(listed, transform) for split, listed in samples.items()}
         self.unreadable: list[Unreadable] = []
         if on_error == "skip":
             for split, files in self._splits.items():
@@ -173,7 +224,8 @@ class Folders:
                 left_out = {item.path for item in wrong}
                 files.samples = [sample for sample in files.samples if sample[0] not in left_out]
                 if not files.samples:
-                    raise ValueError(f"none of the pictures in {folders[split]} can be read: {wrong[0].reason}")
+                    where = f"{root} for {split}ing" if self.split_here else Path(wrong[0].path).parents[1]
+                    raise ValueError(f"none of the pictures in {where} can be read: {wrong[0].reason}")
 
     def count(self, split: str) -> int:
         return len(self._splits[split])

@@ -3,43 +3,71 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 
 from fastalex import distributed
 from fastalex.checkpoint import STATE
-from fastalex.data.choose import open_images
+from fastalex.data.choose import open_images, training_pictures
 from fastalex.data.image_sets import FashionMNIST, ImageSet
 from fastalex.data.preprocessing import Preprocessing
 from fastalex.devices import find_device
 from fastalex.training import recipes
 from fastalex.training.loop import train
 from fastalex.training.options import Options
-from fastalex.training.prepare import build_model
+from fastalex.training.prepare import Initial, build_model, load_initial
 from fastalex.training.recipes import Recipe
+from fastalex.training.settings import Flags, Settings
 from fastalex.training.stopping import Stopped
 from fastalex.variants import VARIANTS
 from fastalex.visualize.console import ProgressBar, console, tell
 
+# From so many on, the network and the recipe of 2012 learn; fewer take the recipe "photos".
+MANY_PICTURES, MANY_CLASSES = 100_000, 100
+OPTIONS = [field.name for field in dataclasses.fields(Options)]
 
-def choose_recipe(name: str | None, variant: str | None, *, channels: int, changes: Mapping[str, Any]) -> Recipe:
-    """The recipe of this name for this variant, both out of what the command line lists.
 
-    By default the variant is the recipe's, and the recipe "demo", or "paper" with another variant than "demo".
-    channels: of the images, as far as the variant leaves them open.  changes: fields of the recipe; None changes
-    nothing.  Raises ValueError for a change that makes no recipe.
+def choose_recipe(
+    flags: Flags, *, own: tuple[int, int] | None = None, initial: Initial | None = None
+) -> tuple[str, Recipe]:
+    """(name, recipe) for the flags "recipe" and "variant", and what other flags change in it.
+
+    own: number of pictures and classes of the user's own data, None for the sample that ships with the package;
+    initial: a model to start from, whose variant is taken.
+    By default the recipe is "fine-tune" for such a model, "demo" for the sample, and for own pictures "photos", or
+    "paper" from MANY_PICTURES of MANY_CLASSES on; a variant other than "demo" makes "demo" to "paper".
+    Raises ValueError for a change that makes no recipe, and for a variant other than the initial model's.
     """
-    recipe = recipes.RECIPES[name or ("demo" if variant in (None, "demo") else "paper")]
-    if variant is not None and variant != "demo":
+    variant: str | None = flags["variant"]
+    if initial is not None and variant not in (None, initial.variant.name):
+        raise ValueError(f'the weights {flags["init"]} are of variant "{initial.variant.name}", not "{variant}"')
+    many = own is not None and own[0] >= MANY_PICTURES and own[1] >= MANY_CLASSES
+    if flags["recipe"] is not None:
+        name = flags["recipe"]
+    elif initial is not None:
+        name = "fine-tune"
+    elif own is None:
+        name = "demo" if variant in (None, "demo") else "paper"
+    else:
+        name = "paper" if many and variant != "demo" else "photos"
+    recipe = recipes.RECIPES[name]
+    if initial is not None:
+        recipe = replace(recipe, variant=initial.variant)
+    elif variant not in (None, "demo"):
         recipe = replace(recipe, variant=VARIANTS[variant])
-    elif variant == "demo" or recipe is recipes.DEMO_RECIPE:
-        recipe = replace(recipe, variant=recipes.demo_variant(channels))
-    return replace(recipe, **{name: value for name, value in changes.items() if value is not None})
+    elif variant == "demo" or recipe.variant.name == "demo":
+        recipe = replace(recipe, variant=recipes.demo_variant(1 if own is None else 3))
+    if name == "photos" and own is not None:
+        recipe = recipes.sized(recipe, own[0])
+    changes = {
+        field.name: flags[field.name] for field in dataclasses.fields(Recipe) if flags.get(field.name) is not None
+    }
+    return name, replace(recipe, **{**changes, "variant": recipe.variant})
 
 
 def deterministic() -> None:
@@ -58,30 +86,72 @@ def choose_device(name: str | None) -> torch.device:
     return device
 
 
+def choose_looks(data: Path | None, recipe: Recipe, initial: Initial | None) -> Preprocessing:
+    """What is made of the pictures: as the initial model expects it, else as the sample or photographs need it."""
+    if initial is not None:
+        return initial.preprocessing
+    make = FashionMNIST.preprocessing_for if data is None else Preprocessing.for_photos
+    return make(recipe.variant.in_channels, recipe.variant.crop)
+
+
 def choose_data(
-    data: Path | None, recipe: Recipe, *, workers: int | None, on_error: Literal["stop", "skip"]
+    data: Path | None, looks: Preprocessing, *, workers: int | None, on_error: Literal["stop", "skip"]
 ) -> ImageSet:
-    """Training and test images of the recipe's size; the processes of a machine share its cores to read them."""
+    """Training and test images; the processes of a machine share its cores to read them.
+
+    Raises ValueError for pictures of one class.
+    """
     if distributed.launched() and workers is None:
         workers = max(1, min(8, (os.cpu_count() or 1) // distributed.local_size()))
-    make = FashionMNIST.preprocessing_for if data is None else Preprocessing.for_photos
-    preprocessing = make(recipe.variant.in_channels, recipe.variant.crop)
-    return open_images(data, preprocessing, splits=("train", "test"), workers=workers, on_error=on_error, report=tell)
+    report = tell if distributed.rank() == 0 else silent
+    images = open_images(data, looks, splits=("train", "test"), workers=workers, on_error=on_error, report=report)
+    if len(images.classes) < 2:
+        raise ValueError(f"{data} must hold pictures of two classes or more, got {', '.join(images.classes)}")
+    return images
 
 
-def launch(
-    recipe: Recipe, images: ImageSet, device: torch.device, out: Path, *, options: Options, resume: bool
-) -> None:
+def silent(line: str) -> None: ...
+
+
+def begin(flags: Flags, initial: Initial | None) -> Settings:
+    """The settings of a new run."""
+    data = flags["data"]
+    own = None if data is None else training_pictures(Path(data))
+    name, recipe = choose_recipe(flags, own=own, initial=initial)
+    if recipe.freeze != "nothing" and initial is None:
+        raise ValueError(f"--freeze {recipe.freeze} keeps weights that only --init brings")
+    return Settings(name, recipe, choose_looks(data, recipe, initial), flags)
+
+
+def launch(flags: Flags, out: Path, *, resume: bool) -> None:
     """Train in this process, and in those that torchrun started beside it; rank 0 speaks.
 
+    flags: all arguments of `fastalex train` but `out` and `resume`; on a run that goes on they change its settings.
     Raises ValueError where `out` holds a run that nobody asked to resume, and as `fastalex.training.loop.train`;
     SystemExit with 128 and the signal's number where that ends with Stopped.
     """
+    goes_on = resume or distributed.restarted()
+    settings = Settings.load(out) if goes_on else None
+    if settings is not None:
+        settings = settings.continued(flags, out)
+        flags = settings.flags
+    if flags["deterministic"]:
+        deterministic()
+    device = choose_device(flags["device"])
     with distributed.process_group(device):
-        exists = distributed.from_rank_0((out / STATE).exists())
-        if exists and not resume and not distributed.restarted():
-            raise ValueError(f"{out} holds a run already: go on with --resume, or choose another folder with --out")
         first = distributed.rank() == 0
+        exists = distributed.from_rank_0((out / STATE).exists())
+        if exists and not goes_on:
+            raise ValueError(f"{out} holds a run already: go on with --resume, or choose another folder with --out")
+        settings = distributed.from_rank_0(settings)
+        initial = None if flags["init"] is None or (exists and settings) else load_initial(flags["init"])
+        settings = settings or begin(flags, initial)
+        flags, recipe = settings.flags, settings.recipe
+        options = Options(**{name: flags[name] for name in OPTIONS if flags[name] is not None})
+        data = None if flags["data"] is None else Path(flags["data"])
+        images = choose_data(
+            data, settings.preprocessing, workers=flags["workers"], on_error=flags["on_error"] or "stop"
+        )
         if first:
             if resume and not exists:
                 console.print(f"nothing to resume in {out}: starting from the beginning", soft_wrap=True)
@@ -89,14 +159,33 @@ def launch(
             console.print(
                 f"{images.count('train'):,} training pictures of {len(images.classes)} classes, on {device}{processes}"
             )
-        model = build_model(recipe, len(images.classes), device)
+            tell(described(settings, images, initial))
+        model = build_model(recipe, images.classes, device, initial)
         bar = ProgressBar(recipe.epochs, images.count("train")) if first else contextlib.nullcontext()
         try:
             with bar as callback:
-                train(model, images, recipe, out, options=options, resume=exists, callback=callback)
+                train(
+                    model, images, recipe, out,
+                    options=options, resume=exists, callback=callback, settings=settings.to_json(),
+                )  # fmt: skip
         except Stopped as stopped:
             if first:
                 console.print(f"{stopped}; the same command with --resume goes on with {out}", soft_wrap=True)
             raise SystemExit(128 + stopped.signal) from None
         if first:
             console.print(f"wrote {out}", soft_wrap=True)
+
+
+def described(settings: Settings, images: ImageSet, initial: Initial | None) -> str:
+    """One line: what is trained, and how."""
+    recipe, looks = settings.recipe, settings.preprocessing
+    parts = [
+        f"recipe {settings.name}: variant {recipe.variant.name} at {looks.crop}x{looks.crop}",
+        f"{recipe.epochs:,} epochs of {images.count('train'):,} pictures, {recipe.batch_size:,} a step",
+    ]
+    if initial is not None:
+        kept = "all of" if initial.knows(images.classes) else "all but the last layer from"
+        parts.append(f"{kept} {settings.flags['init']}")
+    if recipe.freeze != "nothing":
+        parts.append(f"{recipe.freeze} frozen")
+    return ", ".join(parts)

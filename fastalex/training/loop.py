@@ -26,11 +26,14 @@ from fastalex.alexnet import AlexNet
 from fastalex.data.augmentation import augment
 from fastalex.data.image_sets import ImageSet
 from fastalex.evaluation.metrics import Scores, evaluate
+from fastalex.files import write_whole
+from fastalex.training.health import Health, Watch, check_health
 from fastalex.training.optimizer import lr_at, make_optimizer, set_lr
 from fastalex.training.options import Options
 from fastalex.training.prepare import AMP_DTYPES, prepare
 from fastalex.training.progress import Callback, Epoch, MetricsLog, peak_memory
 from fastalex.training.recipes import Recipe
+from fastalex.training.settings import SETTINGS
 from fastalex.training.state import State
 from fastalex.training.stopping import Stopped, Stopping
 
@@ -49,19 +52,23 @@ def train(
     options: Options | None = None,
     resume: bool = False,
     callback: Callback | None = None,
+    settings: str | None = None,
 ) -> list[Epoch]:
     """Train the model.  Writes model.safetensors and metrics.jsonl to `folder` after each epoch, state.pt more often.
 
     Returns the lines of metrics.jsonl.  With `resume` the run in `folder` goes on where its state was saved.
+    settings: the content of settings.json, written as soon as it is clear that the run can go on.
 
     Raises FileNotFoundError if there is nothing to resume; ValueError if that was another recipe or set, or the file
-    cannot be read; OSError if a file cannot be written; FloatingPointError when the loss is no longer a number;
-    Stopped after SIGTERM or Ctrl-C, once the state is saved.
+    cannot be read; OSError if a file cannot be written; FloatingPointError when the loss is no longer a number, or,
+    as DeadNetwork, when the network is dead; Stopped after SIGTERM or Ctrl-C, once the state is saved.
     """
     folder.mkdir(parents=True, exist_ok=True)
     run = Run(model, data, recipe, folder, options or Options(), callback or Callback())
     if resume:
         run.state.load()
+    if settings is not None and run.rank == 0:
+        write_whole(folder / SETTINGS, settings)
     with run.stopping.caught_signals():
         run.finish()
     return run.state.history
@@ -105,17 +112,19 @@ class Run:
             try:
                 self.train_epoch()
                 # with one process nothing changes during evaluation
-                with self.stopping.at_once():
+                with self.stopping.at_once(), Watch(self.model) as watch:
                     scores = evaluate(self.model, self.data)
+                    health = watch.health()
             except Stopped:
                 # the others may be elsewhere, so many processes save together or not at all
                 if self.size == 1 and not self.state.is_saved:
                     self.save()
                 raise
-            line = self.end_epoch(scores)
+            line = self.end_epoch(scores, health)
             if log is not None:
                 log.write()
             self.callback.epoch_ends(line)
+            check_health(history, self.recipe)
             if len(history) < self.recipe.epochs and self.stopping.agreed(self.state.step) == "stop":
                 raise self.stopping.stopped()
 
@@ -150,7 +159,7 @@ class Run:
         order = self.data.order("train", self.recipe.seed, epoch)
         return list(order.split(self.recipe.batch_size)[: self.steps_per_epoch])
 
-    def end_epoch(self, scores: Scores) -> Epoch:
+    def end_epoch(self, scores: Scores, health: Health) -> Epoch:
         state = self.state
         loss = distributed.sum_over_processes(state.loss)
         state.check_loss(loss)
@@ -161,6 +170,7 @@ class Run:
             "test_loss": scores.loss,
             "top1": scores.top1,
             "top5": scores.top5,
+            **health._asdict(),
             "lr": state.lr,
             "seconds": state.seconds,
             "images_per_second": images / state.seconds,

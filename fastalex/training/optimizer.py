@@ -53,21 +53,23 @@ def plateaus(errors: Sequence[float], patience: int) -> int:
 
 
 def make_optimizer(model: nn.Module, recipe: Recipe) -> SGD:
-    """Weights and biases in parameter groups of their own; `set_lr` knows them."""
-    groups: list[dict[str, Any]] = []
-    for bias in (False, True):
-        parameters = [p for p in model.parameters() if (p.dim() == 1) == bias]
-        # PyTorch updates a group at once, which it cannot do when some are spread over processes and some are whole
-        for spread in (False, True):
-            groups.append(
-                {
-                    "params": [p for p in parameters if isinstance(p, DTensor) == spread],
-                    "weight_decay": recipe.weight_decay if recipe.bias_decay or not bias else 0.0,
-                    "relative_lr": recipe.bias_lr if bias else 1.0,
-                    **({"fused": False, "foreach": False} if spread else {}),
-                }
-            )
-    groups = [group for group in groups if group["params"]]
+    """The parameters that learn, in groups that are treated alike; `set_lr` knows them."""
+    *_, last = layers_of(model)
+    alike: dict[tuple[bool, bool, bool], list[nn.Parameter]] = {}
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            # PyTorch updates a group at once, which it cannot do when some are spread over processes and some are whole
+            of = (parameter.dim() == 1, isinstance(parameter, DTensor), any(parameter is own for own in last))
+            alike.setdefault(of, []).append(parameter)
+    groups: list[dict[str, Any]] = [
+        {
+            "params": parameters,
+            "weight_decay": recipe.weight_decay if recipe.bias_decay or not bias else 0.0,
+            "relative_lr": (recipe.bias_lr if bias else 1.0) * (1.0 if head else recipe.backbone_lr),
+            **({"fused": False, "foreach": False} if spread else {}),
+        }
+        for (bias, spread, head), parameters in alike.items()
+    ]
     if recipe.trust is not None:
         return LARS(groups, recipe.lr, recipe.momentum, trust=recipe.trust, layers=layers_of(model))
     # fused: one kernel for all parameters, 1.2x faster steps than the default at batch 32 on a Sapphire Rapids
@@ -75,8 +77,9 @@ def make_optimizer(model: nn.Module, recipe: Recipe) -> SGD:
 
 
 def layers_of(model: nn.Module) -> list[list[nn.Parameter]]:
-    """The parameters that belong together: of each module, its own."""
-    return [own for module in model.modules() if (own := list(module.parameters(recurse=False)))]
+    """The parameters that learn and belong together: of each module, its own."""
+    owned = ([p for p in module.parameters(recurse=False) if p.requires_grad] for module in model.modules())
+    return [own for own in owned if own]
 
 
 def set_lr(optimizer: SGD, lr: float, *, in_velocity: bool) -> None:

@@ -2,26 +2,70 @@
 
 from __future__ import annotations
 
-from typing import cast
+from pathlib import Path
+from typing import NamedTuple, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 
 from fastalex import distributed
 from fastalex.alexnet import AlexNet
+from fastalex.checkpoint import MODEL, describes_itself, load_model
 from fastalex.data.preprocessing import Preprocessing
 from fastalex.parallel import one_weird_trick
 from fastalex.training.options import Options
 from fastalex.training.recipes import Recipe
+from fastalex.variants import Variant
+from fastalex.weights import alexnet, head_of
 
 AMP_DTYPES = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def build_model(recipe: Recipe, classes: int, device: torch.device | str) -> AlexNet:
-    """The recipe's model with fresh weights, which are those of its seed, in channels_last."""
+class Initial(NamedTuple):
+    """A model to start from, and what it expects of pictures.  classes: their names, None where nobody knows them."""
+
+    weights: dict[str, Tensor]
+    variant: Variant
+    preprocessing: Preprocessing
+    classes: tuple[str, ...] | None
+
+    def knows(self, classes: tuple[str, ...]) -> bool:
+        """Whether the last layer is for these classes; where nothing has names, for as many."""
+        if self.classes is None:
+            return len(self.weights["classifier.6.weight"]) == len(classes)
+        return self.classes == classes
+
+
+def load_initial(weights: str) -> Initial:
+    """What `fastalex.alexnet` loads, or a file or the folder of a run that `fastalex train` wrote.
+
+    Raises as `fastalex.alexnet` and `fastalex.checkpoint.load_model`.
+    """
+    path = Path(weights) / MODEL if Path(weights).is_dir() else Path(weights)
+    if describes_itself(path):
+        model, card = load_model(path)
+        return Initial(model.state_dict(), card.variant, card.preprocessing, card.classes)
+    model = alexnet(path if path.exists() else weights)
+    looks = Preprocessing.for_photos(model.variant.in_channels, model.variant.crop)
+    return Initial(model.state_dict(), model.variant, looks, None)
+
+
+def build_model(
+    recipe: Recipe, classes: tuple[str, ...], device: torch.device | str, initial: Initial | None = None
+) -> AlexNet:
+    """The recipe's model in channels_last, with fresh weights, which are those of its seed, or with initial ones.
+
+    The last layer stays fresh where the initial one is for other classes.  What the recipe freezes needs no gradient.
+    """
     torch.manual_seed(recipe.seed)
-    model = AlexNet(classes, recipe.dropout, variant=recipe.variant)
+    model = AlexNet(len(classes), recipe.dropout, variant=recipe.variant)
+    if initial is not None:
+        model.load_state_dict({**initial.weights, **({} if initial.knows(classes) else head_of(model))})
+    if recipe.freeze != "nothing":
+        model.features.requires_grad_(False)
+    if recipe.freeze == "backbone":
+        model.classifier[:-1].requires_grad_(False)
     return model.to(device).to(memory_format=torch.channels_last)
 
 
@@ -44,6 +88,8 @@ def prepare(
             raise ValueError("parallel must be data for a single process, got hybrid")
         if options.compile or recipe.amp == "fp16":
             raise ValueError("parallel must be data with compile, and with amp fp16 (bf16 can be hybrid), got hybrid")
+        if recipe.freeze != "nothing":
+            raise ValueError(f"parallel must be data with freeze {recipe.freeze}, got hybrid")
         return one_weird_trick(model, init_device_mesh(device.type, (distributed.size(),)))
     if options.compile:
         forward = cast(nn.Module, torch.compile(forward, mode="reduce-overhead" if graphs else None))

@@ -14,9 +14,9 @@ from fastalex.files import write_whole
 METRICS = "metrics.jsonl"
 
 Epoch = dict[str, Any]
-"""One line of metrics.jsonl: epoch, train_loss, test_loss, top1, top5, lr (of the epoch's last step), seconds,
-images_per_second, data_wait (the share of those seconds that the loop waited for images), peak_memory_bytes (of the
-GPU's allocator, or of the process)."""
+"""One line of metrics.jsonl: epoch, train_loss, test_loss, top1, top5, fc6_alive, fc7_alive, logit_spread (see
+`fastalex.training.health`), lr (of the epoch's last step), seconds, images_per_second, data_wait (the share of those
+seconds that the loop waited for images), peak_memory_bytes (of the GPU's allocator, or of the process)."""
 
 
 class Callback:

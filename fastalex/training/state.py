@@ -72,8 +72,9 @@ class State:
         self.check_loss(loss)
         weights = self._whole_weights()
         momentum_buffers = {
-            name: whole(state["momentum_buffer"]) if (state := self._optimizer.state[p]) else None
+            name: whole(self._optimizer.state[p]["momentum_buffer"])
             for name, p in self._parameters().items()
+            if p in self._optimizer.state
         }
         if distributed.rank() == 0:
             save_state(
@@ -144,7 +145,7 @@ class State:
         with torch.no_grad():
             for name, parameter in self._parameters().items():
                 fill_from_rank_0(parameter, weights.get(name))
-                if state["step"] > 0:
+                if state["step"] > 0 and parameter.requires_grad:
                     buffer = torch.zeros_like(parameter)
                     fill_from_rank_0(buffer, momentum_buffers.get(name))
                     self._optimizer.state[parameter]["momentum_buffer"] = buffer
@@ -160,6 +161,8 @@ class State:
         """What state.pt holds, if it belongs to this recipe and this set."""
         folder, count = self._folder, self._data.count("train")
         state = load_state(folder / STATE)
+        # a run may become longer or shorter
+        state["recipe"]["epochs"] = self._recipe.epochs
         for name, now in (("recipe", self._plain_recipe()), ("classes", list(self._data.classes))):
             if state[name] != now:
                 raise ValueError(f"{folder} was trained with another {difference(name, state[name], now)}")

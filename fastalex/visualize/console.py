@@ -82,11 +82,12 @@ class ProgressBar(Callback):
         self._progress.advance(self._task, images)
 
     def epoch_ends(self, metrics: Epoch) -> None:
-        wait = metrics["data_wait"]
+        wait, alive = metrics["data_wait"], {name: metrics[f"{name}_alive"] for name in ("fc6", "fc7")}
         console.print(
             f"epoch {metrics['epoch']:3d}   training loss {metrics['train_loss']:.3f}   "
             f"test accuracy {metrics['top1']:6.1%}   {metrics['images_per_second']:,.0f} images/s"
-            + (f", {wait:.0%} of the time waiting for them" if wait >= 0.1 else ""),
+            + (f", {wait:.0%} of the time waiting for them" if wait >= 0.1 else "")
+            + "".join(f", {share:.1%} of {name}'s units alive" for name, share in alive.items() if share < 0.5),
             highlight=False,
         )
 
