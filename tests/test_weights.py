@@ -64,10 +64,21 @@ def test_wrong_variant_is_named(small, tmp_path):
         alexnet(tmp_path / "weights.pth", variant="paper")
 
 
-def test_wrong_class_count_is_named(small, tmp_path):
-    torch.save(fastalex.AlexNet(7, variant="torchvision").state_dict(), tmp_path / "weights.pth")
-    with pytest.raises(ValueError, match=r"num_classes is 1000, but the weights .* have 7 classes"):
-        alexnet(tmp_path / "weights.pth", num_classes=1000)
+def test_another_number_of_classes_makes_a_new_last_layer(small, tmp_path):
+    """The other layers keep their weights; the number that the weights have keeps the last one's too."""
+    for name in ("torchvision", "caffenet"):
+        before = fastalex.AlexNet(7, variant=name).state_dict()
+        torch.save({"state_dict": before, "variant": name}, tmp_path / "weights.pth")
+        torch.manual_seed(5)
+        model = alexnet(tmp_path / "weights.pth", num_classes=6, dropout=0.25)
+        torch.manual_seed(5)
+        fresh = fastalex.AlexNet(6, variant=name).state_dict()
+        assert model.num_classes == 6
+        assert model.classifier[1].p == 0.25
+        for key, value in model.state_dict().items():
+            assert torch.equal(value, (fresh if key.startswith("classifier.6.") else before)[key]), key
+        same = alexnet(tmp_path / "weights.pth", num_classes=7).state_dict()
+        assert all(torch.equal(value, before[key]) for key, value in same.items())
 
 
 def test_weights_that_are_not_there():

@@ -1,11 +1,13 @@
 """Folders of pictures: damaged ones are named or left out, whatever reads them, and nothing is left running."""
 
 import multiprocessing
+import shutil
 import struct
 import subprocess
 import sys
 import time
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,8 +16,9 @@ from PIL import Image
 from trees import encoded, picture, write
 
 from fastalex.data import sources
+from fastalex.data.choose import open_images, training_pictures
 from fastalex.data.decode import decode
-from fastalex.data.image_sets import Folders
+from fastalex.data.image_sets import Folders, list_pictures
 from fastalex.data.pack import pack
 from fastalex.data.packed import PackedSet
 from fastalex.data.preprocessing import Preprocessing
@@ -133,6 +136,51 @@ def test_the_command_ends(command, tree, tmp_path):
     assert len(errors) == 1
     assert "cat/bad.jpg" in errors[0]
     assert "Traceback" not in done.stdout + done.stderr
+
+
+def test_classes_alone_are_split(tmp_path):
+    """A fifth of each class, one at least of two; the same elsewhere; a picture more moves few."""
+    counts = {"cat": 24, "dog": 10, "emu": 2, "fox": 1}
+    for name, count in counts.items():
+        for i in range(count):
+            write(tmp_path / "a" / name / f"{i}.jpg", b"")
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+
+    def chosen(root):
+        images = list_pictures(tmp_path / root, ("train", "test"))
+        assert images.split_here
+        assert images.classes == tuple(counts)
+        names = {}
+        for split, samples in images.samples.items():
+            names[split] = {Path(path).relative_to(tmp_path / root) for path, _ in samples}
+            assert all(images.classes[label] == Path(path).parent.name for path, label in samples)
+        assert not names["train"] & names["test"]
+        return names
+
+    first = chosen("a")
+    held = [path.parts[0] for path in first["test"]]
+    assert {name: held.count(name) for name in counts} == {"cat": 5, "dog": 2, "emu": 1, "fox": 0}
+    assert len(first["train"]) == sum(counts.values()) - 8
+    assert chosen("b") == first
+    write(tmp_path / "b/dog/new.jpg", b"")
+    assert len(chosen("b")["test"] - first["test"]) <= 1
+    assert chosen("b")["test"] >= {path for path in first["test"] if path.parts[0] != "dog"}
+    (tmp_path / "c/cat").mkdir(parents=True)
+    write(tmp_path / "c/cat/0.jpg", b"")
+    with pytest.raises(ValueError, match="no class with two pictures"):
+        list_pictures(tmp_path / "c", ("train",))
+    (tmp_path / "a/val").mkdir()
+    with pytest.raises(FileNotFoundError, match=r"no folder .*a/train: .* or all in .*a/CLASS/"):
+        list_pictures(tmp_path / "a", ("train",))
+
+
+def test_what_is_held_out_is_said(tree, tmp_path):
+    said = []
+    open_images(tree / "train", LOOKS, splits=("train", "test"), workers=0, report=said.append)
+    held = "2 pictures, a fifth of each class, are held out for testing"
+    assert said == [f"{tree / 'train'} has no train/ and val/: {held}"]
+    assert training_pictures(tree / "train") == (4, 2)
+    assert training_pictures(tree) == (6, 2)
 
 
 def test_no_workers_anywhere(tree, tmp_path):

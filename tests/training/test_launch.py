@@ -5,28 +5,57 @@ import torch
 
 pytest.importorskip("rich")
 
+from fastalex.data.image_sets import FashionMNIST
+from fastalex.data.preprocessing import Preprocessing
 from fastalex.training import launch, recipes
+from fastalex.training.prepare import Initial
 from fastalex.variants import VARIANTS
 
 
-def chosen(name=None, variant=None, channels=1, **changes):
-    return launch.choose_recipe(name, variant, channels=channels, changes=changes)
+def chosen(recipe=None, variant=None, *, own=None, initial=None, **changes):
+    flags = {"recipe": recipe, "variant": variant, "init": "some.pth", **changes}
+    return launch.choose_recipe(flags, own=own, initial=initial)
 
 
 def test_the_recipe_follows_from_the_variant_and_the_other_way_round():
-    assert chosen() == chosen(variant="demo") == recipes.DEMO_RECIPE
-    assert chosen(channels=3).variant.in_channels == 3
+    assert chosen() == chosen(variant="demo") == ("demo", recipes.DEMO_RECIPE)
     assert chosen(variant="caffenet") == chosen("paper", "caffenet")
-    assert chosen(variant="caffenet").variant == VARIANTS["caffenet"]
-    assert chosen("paper") == recipes.PAPER_RECIPE
-    narrow = chosen("paper", "demo", channels=3)
-    assert (narrow.variant.name, narrow.variant.in_channels) == ("demo", 3)
+    assert chosen(variant="caffenet")[1].variant == VARIANTS["caffenet"]
+    assert chosen("paper") == ("paper", recipes.PAPER_RECIPE)
+    name, narrow = chosen("paper", "demo", own=(100, 6))
+    assert (name, narrow.variant.name, narrow.variant.in_channels) == ("paper", "demo", 3)
     assert narrow.batch_size == recipes.PAPER_RECIPE.batch_size
 
 
+def test_the_recipe_follows_from_the_size_of_ones_own_data():
+    for own, epochs, batch_size in (
+        ((114, 6), 100, 25),
+        ((999, 6), 100, 25),
+        ((3_000, 9), 40, 50),
+        ((10**6, 9), 24, 50),
+    ):
+        name, recipe = chosen(own=own)
+        assert (name, recipe.variant.name, recipe.variant.in_channels) == ("photos", "demo", 3)
+        assert (recipe.epochs, recipe.batch_size) == (epochs, batch_size)
+    assert chosen(own=(5_000, 10))[1].epochs == recipes.DEMO_RECIPE.epochs
+    assert chosen(own=(1_281_167, 1000)) == ("paper", recipes.PAPER_RECIPE)
+    assert chosen(own=(1_281_167, 1000), variant="demo")[0] == "photos"
+    assert chosen(own=(114, 6), epochs=3, recipe="photos")[1].epochs == 3
+
+
+def test_a_model_to_start_from_brings_its_variant():
+    initial = Initial({}, VARIANTS["caffenet"], Preprocessing.for_photos(3, 227), None)
+    name, recipe = chosen(own=(114, 6), initial=initial)
+    assert (name, recipe.variant, recipe.backbone_lr) == ("fine-tune", VARIANTS["caffenet"], 0.1)
+    assert chosen("caffe", own=(114, 6), initial=initial)[1].variant == VARIANTS["caffenet"]
+    with pytest.raises(ValueError, match=r'weights some\.pth are of variant "caffenet", not "paper"'):
+        chosen(variant="paper", initial=initial)
+    assert launch.choose_looks(None, recipe, initial) is initial.preprocessing
+
+
 def test_what_is_not_given_stays_the_recipes():
-    assert chosen("paper", lr=None, epochs=3).lr == recipes.PAPER_RECIPE.lr
-    assert chosen("paper", lr=None, epochs=3).epochs == 3
+    assert chosen("paper", lr=None, epochs=3)[1].lr == recipes.PAPER_RECIPE.lr
+    assert chosen("paper", lr=None, epochs=3)[1].epochs == 3
     with pytest.raises(ValueError, match="epochs must be at least 1, got 0"):
         chosen(epochs=0)
 
@@ -43,11 +72,17 @@ def test_each_process_of_a_machine_has_a_gpu_of_its_own(monkeypatch):
 @pytest.mark.parametrize(("cores", "asked", "expected"), [(32, None, 4), (256, None, 8), (4, None, 1), (32, 0, 0)])
 def test_the_processes_of_a_machine_share_its_cores(monkeypatch, cores, asked, expected):
     opened = {}
-    monkeypatch.setattr(launch, "open_images", lambda data, preprocessing, **options: opened.update(options))
+
+    def open_images(data, looks, **options):
+        opened.update(options)
+        return FashionMNIST(looks)
+
+    monkeypatch.setattr(launch, "open_images", open_images)
     monkeypatch.setattr("os.cpu_count", lambda: cores)
-    launch.choose_data(None, recipes.DEMO_RECIPE, workers=asked, on_error="stop")
+    looks = launch.choose_looks(None, recipes.DEMO_RECIPE, None)
+    launch.choose_data(None, looks, workers=asked, on_error="stop")
     assert opened["workers"] == asked
     for name, value in {"RANK": "9", "WORLD_SIZE": "16", "LOCAL_WORLD_SIZE": "8"}.items():
         monkeypatch.setenv(name, value)
-    launch.choose_data(None, recipes.DEMO_RECIPE, workers=asked, on_error="stop")
+    launch.choose_data(None, looks, workers=asked, on_error="stop")
     assert opened["workers"] == expected
