@@ -27,8 +27,6 @@ from fastalex.training.stopping import Stopped
 from fastalex.variants import VARIANTS
 from fastalex.visualize.console import ProgressBar, console, tell
 
-# From so many on, the network and the recipe of 2012 learn; fewer take the recipe "photos".
-MANY_PICTURES, MANY_CLASSES = 100_000, 100
 OPTIONS = [field.name for field in dataclasses.fields(Options)]
 
 
@@ -40,13 +38,13 @@ def choose_recipe(
     own: number of pictures and classes of the user's own data, None for the sample that ships with the package;
     initial: a model to start from, whose variant is taken.
     By default the recipe is "fine-tune" for such a model, "demo" for the sample, and for own pictures "photos", or
-    "paper" from MANY_PICTURES of MANY_CLASSES on; a variant other than "demo" makes "demo" to "paper".
+    "paper" from recipes.MANY_PICTURES of recipes.MANY_CLASSES on; a variant other than "demo" makes "demo" to "paper".
     Raises ValueError for a change that makes no recipe, and for a variant other than the initial model's.
     """
     variant: str | None = flags["variant"]
     if initial is not None and variant not in (None, initial.variant.name):
         raise ValueError(f'the weights {flags["init"]} are of variant "{initial.variant.name}", not "{variant}"')
-    many = own is not None and own[0] >= MANY_PICTURES and own[1] >= MANY_CLASSES
+    many = own is not None and own[0] >= recipes.MANY_PICTURES and own[1] >= recipes.MANY_CLASSES
     if flags["recipe"] is not None:
         name = flags["recipe"]
     elif initial is not None:

@@ -46,7 +46,7 @@ def load_initial(weights: str) -> Initial:
     if describes_itself(path):
         model, card = load_model(path)
         return Initial(model.state_dict(), card.variant, card.preprocessing, card.classes)
-    model = alexnet(path if path.exists() else weights)
+    model = alexnet(path if Path(weights).exists() else weights)
     looks = Preprocessing.for_photos(model.variant.in_channels, model.variant.crop)
     return Initial(model.state_dict(), model.variant, looks, None)
 

@@ -142,6 +142,10 @@ DEMO_RECIPE = Recipe(
 PHOTOS_RECIPE = replace(DEMO_RECIPE, variant=demo_variant(3))
 
 
+# From so many pictures and classes on, own pictures take the network and the recipe of 2012 instead.
+MANY_PICTURES, MANY_CLASSES = 100_000, 100
+
+
 def sized(recipe: Recipe, pictures: int) -> Recipe:
     """The recipe "photos" for so many training pictures: small steps for small sets, and 120,000 pictures in all.
 

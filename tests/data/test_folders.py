@@ -15,13 +15,13 @@ import torch
 from PIL import Image
 from trees import encoded, picture, write
 
-from fastalex.data import sources
+from fastalex.data import image_sets, sources
 from fastalex.data.choose import open_images, training_pictures
 from fastalex.data.decode import decode
 from fastalex.data.image_sets import Folders, list_pictures
 from fastalex.data.pack import pack
 from fastalex.data.packed import PackedSet
-from fastalex.data.preprocessing import Preprocessing
+from fastalex.data.preprocessing import Preprocessing, centre_crop
 from fastalex.evaluation.classifier import read_picture
 
 LOOKS = Preprocessing(3, 24, 20, (0.5,) * 3, (0.5,) * 3)
@@ -67,6 +67,26 @@ def test_a_damaged_picture_is_named(content, reason, workers, tree):
     assert not multiprocessing.active_children()
 
 
+@pytest.mark.parametrize("kept", [0, 2**28])
+def test_few_pictures_are_read_once(kept, tree, monkeypatch):
+    monkeypatch.setattr(image_sets, "KEPT", kept)
+    images = Folders(tree, LOOKS, workers=0)
+    order = [torch.tensor([5, 0, 3]), torch.tensor([1])]
+    first = list(images.batches("train", order))
+    expected = torch.stack([read_picture(Path(images._splits["train"].samples[i][0]), LOOKS) for i in (5, 0, 3)])
+    assert (first[0][0].int() - centre_crop(expected, 24).int()).abs().max() <= 1
+    assert first[0][1].tolist() == [1, 0, 1]
+    for path in (tree / "train").rglob("*.jpg"):
+        path.unlink()
+    if kept:
+        for (a, labels), (b, others) in zip(first, images.batches("train", order), strict=True):
+            assert torch.equal(a, b)
+            assert torch.equal(labels, others)
+    else:
+        with pytest.raises(ValueError, match="No such file"):
+            list(images.batches("train", order))
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_damaged_pictures_are_left_out(workers, tree):
     whole = Folders(tree, LOOKS, workers=workers)
@@ -89,7 +109,8 @@ def test_nothing_left(tree):
         Folders(tree, LOOKS, workers=0, on_error="skip")
 
 
-def test_workers_end_with_their_reader(tree):
+def test_workers_end_with_their_reader(tree, monkeypatch):
+    monkeypatch.setattr(image_sets, "KEPT", 0)
     batches = Folders(tree, LOOKS, workers=2).batches("train", [torch.arange(2)] * 3)
     next(batches)
     assert multiprocessing.active_children()
