@@ -62,10 +62,10 @@ def choose_recipe(
         recipe = replace(recipe, variant=recipes.demo_variant(1 if own is None else 3))
     if name == "photos" and own is not None:
         recipe = recipes.sized(recipe, own[0])
-    changes = {
-        field.name: flags[field.name] for field in dataclasses.fields(Recipe) if flags.get(field.name) is not None
-    }
-    return name, replace(recipe, **{**changes, "variant": recipe.variant})
+    fields = {field.name for field in dataclasses.fields(Recipe)} - {"variant"}
+    return name, replace(
+        recipe, **{name: value for name, value in flags.items() if name in fields and value is not None}
+    )
 
 
 def deterministic() -> None:
@@ -142,7 +142,9 @@ def launch(flags: Flags, out: Path, *, resume: bool) -> None:
         if exists and not goes_on:
             raise ValueError(f"{out} holds a run already: go on with --resume, or choose another folder with --out")
         settings = distributed.from_rank_0(settings)
-        initial = None if flags["init"] is None or (exists and settings) else load_initial(flags["init"])
+        source = settings.flags["init"] if settings else flags["init"]
+        # a run that goes on has its weights
+        initial = None if source is None or (exists and settings) else load_initial(source)
         settings = settings or begin(flags, initial)
         flags, recipe = settings.flags, settings.recipe
         options = Options(**{name: flags[name] for name in OPTIONS if flags[name] is not None})
@@ -168,7 +170,7 @@ def launch(flags: Flags, out: Path, *, resume: bool) -> None:
                 )  # fmt: skip
         except Stopped as stopped:
             if first:
-                console.print(f"{stopped}; the same command with --resume goes on with {out}", soft_wrap=True)
+                console.print(f"{stopped}; fastalex train --resume --out {out} goes on with it", soft_wrap=True)
             raise SystemExit(128 + stopped.signal) from None
         if first:
             console.print(f"wrote {out}", soft_wrap=True)
@@ -179,7 +181,8 @@ def described(settings: Settings, images: ImageSet, initial: Initial | None) -> 
     recipe, looks = settings.recipe, settings.preprocessing
     parts = [
         f"recipe {settings.name}: variant {recipe.variant.name} at {looks.crop}x{looks.crop}",
-        f"{recipe.epochs:,} epochs of {images.count('train'):,} pictures, {recipe.batch_size:,} a step",
+        f"{recipe.epochs:,} epoch{'s' if recipe.epochs > 1 else ''} of {images.count('train'):,} pictures, "
+        f"{recipe.batch_size:,} a step",
     ]
     if initial is not None:
         kept = "all of" if initial.knows(images.classes) else "all but the last layer from"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from math import sqrt
 from typing import Any, Literal
 
@@ -151,15 +152,30 @@ def sized(recipe: Recipe, pictures: int) -> Recipe:
 
     At least 24 epochs and at most 100; from 5,000 pictures on it is the recipe "demo".  On 114 photographs of 6 classes
     (24 pieces each of 6 pictures that scikit-image ships, 30 held out), accuracy in two runs each: 0.63 and 0.53 with
-    24 epochs of 50 a step; XXX with 100 epochs of 25 and half the rate.
+    24 epochs of 50 a step; 0.77 and 0.73 with 100 epochs of 25; 0.83 and 0.83 with 0.01 as the rate of these.
+
+    A network of full size gets He's initial weights without biases, whose signals do not fade, and the rate 0.002: its
+    hidden layers are 16 times as wide, and the largest stable rate falls with that.
     """
-    small = pictures < 1000
-    return replace(
+    few = pictures < 1000
+    recipe = replace(
         recipe,
         epochs=min(100, max(24, round(120_000 / max(1, pictures)))),
-        batch_size=recipe.batch_size // 2 if small else recipe.batch_size,
-        lr=recipe.lr / 2 if small else recipe.lr,
+        batch_size=recipe.batch_size // 2 if few else recipe.batch_size,
+        lr=recipe.lr / 2 if few else recipe.lr,
     )
+    if recipe.variant.name == "demo":
+        return recipe
+    return replace(recipe, variant=_with_he_weights(recipe.variant), lr=0.002)
+
+
+def _with_he_weights(variant: Variant) -> Variant:
+    """The first layer's deviation stays: pictures are no sum of ReLUs."""
+    inputs = [conv.channels // after.groups for conv, after in pairwise(variant.convs)]
+    first, *others = variant.convs
+    convs = [replace(c, std=_he_std(n, c.kernel_size), bias=0.0) for n, c in zip(inputs, others, strict=True)]
+    hidden_std = _he_std(variant.hidden[0])
+    return replace(variant, convs=(first, *convs), hidden_std=hidden_std, hidden_bias=0.0, init="normal")
 
 
 # The two rates of Caffe's example of fine-tuning (models/finetune_flickr_style): 0.001, and 10 times that for the new

@@ -1,10 +1,14 @@
 """What `fastalex train` chooses for those who do not say: recipe, device, processes that read."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 pytest.importorskip("rich")
 
+from fastalex import AlexNet
+from fastalex.alexnet import parameter_shapes
 from fastalex.data.image_sets import FashionMNIST
 from fastalex.data.preprocessing import Preprocessing
 from fastalex.training import launch, recipes
@@ -41,6 +45,22 @@ def test_the_recipe_follows_from_the_size_of_ones_own_data():
     assert chosen(own=(1_281_167, 1000)) == ("paper", recipes.PAPER_RECIPE)
     assert chosen(own=(1_281_167, 1000), variant="demo")[0] == "photos"
     assert chosen(own=(114, 6), epochs=3, recipe="photos")[1].epochs == 3
+
+
+def test_full_size_on_few_pictures_starts_with_weights_that_keep_signals():
+    """The names and shapes are the variant's: only what is drawn at first is another."""
+    for name in VARIANTS:
+        chosen_name, recipe = chosen(own=(114, 6), variant=name)
+        assert (chosen_name, recipe.lr, recipe.variant.name) == ("photos", 0.002, name)
+        assert recipe.variant.hidden_bias == 0
+        assert parameter_shapes(recipe.variant, 6) == parameter_shapes(VARIANTS[name], 6)
+    model = AlexNet(6, 0.0, variant=replace(chosen(own=(114, 6), variant="paper")[1].variant, hidden=(512, 512)))
+    sizes = []
+    for layer in (*model.features, *model.classifier):
+        layer.register_forward_hook(lambda module, inputs, output: sizes.append(output.square().mean().item()))
+    with torch.no_grad():
+        model(torch.randn(4, 3, 224, 224))
+    assert 0.1 < sizes[-2] / sizes[1] < 10
 
 
 def test_a_model_to_start_from_brings_its_variant():

@@ -35,7 +35,7 @@ def test_resume_alone_goes_on_with_the_runs_own_settings(started, capsys):
     cli.main(["train", "--resume", "--out", str(started)])
     assert lines(started) == before
     text = " ".join(capsys.readouterr().out.split())
-    assert "recipe paper: variant demo at 64x64, 1 epochs" in text
+    assert "recipe paper: variant demo at 64x64, 1 epoch of 6 pictures" in text
     cli.main(["train", "--resume", "--out", str(started), "--epochs", "2", "--save-minutes", "1"])
     assert lines(started)[:1] == before
     assert len(lines(started)) == 2
