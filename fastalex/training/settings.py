@@ -56,7 +56,7 @@ class Settings:
         fixed = {name: getattr(self.recipe, name, None) for name in FIXED}
         fixed |= {"recipe": self.name, "variant": self.recipe.variant.name, "init": self.flags["init"]}
         wrong = [
-            f"--{name.replace('_', '-')} {fixed[name]}, not {given[name]}"
+            f"{argument(name, fixed[name])}, not {given[name]}"
             for name in FIXED
             if given[name] is not None and given[name] != fixed[name]
         ]
@@ -67,3 +67,9 @@ class Settings:
         recipe = self.recipe if given["epochs"] is None else replace(self.recipe, epochs=given["epochs"])
         kept = {name: self.flags.get(name) if value in (None, False) else value for name, value in given.items()}
         return replace(self, recipe=recipe, flags=kept)
+
+
+def argument(name: str, value: Any) -> str:
+    """As it stands on the command line."""
+    flag = f"--{name.replace('_', '-')}"
+    return f"no {flag}" if value is None else f"{flag} {value}"

@@ -13,6 +13,7 @@ from fastalex import cli
 from fastalex.training.progress import METRICS
 from fastalex.training.settings import SETTINGS, Settings
 
+SAME = ["--seed", "3", "--init", "IMAGENET1K_V1"]  # the first is what the run has
 START = ["--epochs", "1", "--batch-size", "4", "--lr", "0.02", "--seed", "3", "--recipe", "paper", "--variant", "demo"]
 
 
@@ -49,9 +50,10 @@ def test_resume_alone_goes_on_with_the_runs_own_settings(started, capsys):
 def test_what_may_not_change_is_named_with_both_values(started, capsys):
     kept = (started / SETTINGS).read_text()
     with pytest.raises(SystemExit):
-        cli.main(["train", "--resume", "--out", str(started), "--lr", "0.5", "--recipe", "demo", "--seed", "3"])
+        cli.main(["train", "--resume", "--out", str(started), "--lr", "0.5", "--recipe", "demo", *SAME])
     message = capsys.readouterr().err
-    assert f"{started} was started with --recipe paper, not demo, --lr 0.02, not 0.5: leave that out" in message
+    wrong = "--recipe paper, not demo, no --init, not IMAGENET1K_V1, --lr 0.02, not 0.5"
+    assert f"{started} was started with {wrong}: leave that out" in message
     assert "seed" not in message
     assert (started / SETTINGS).read_text() == kept
 
