@@ -63,9 +63,7 @@ def choose_recipe(
     if name == "photos" and own is not None:
         recipe = recipes.sized(recipe, own[0])
     fields = {field.name for field in dataclasses.fields(Recipe)} - {"variant"}
-    return name, replace(
-        recipe, **{name: value for name, value in flags.items() if name in fields and value is not None}
-    )
+    return name, replace(recipe, **{key: flags[key] for key in fields & flags.keys() if flags[key] is not None})
 
 
 def deterministic() -> None:
