@@ -35,12 +35,7 @@ class ModelCard:
     def from_json(cls, text: str) -> ModelCard:
         """Raises ValueError, naming the field, for one that is missing, unknown or wrong."""
         found = fields.complete("the description", cls, json.loads(text))
-        values = fields.complete("preprocessing", Preprocessing, found["preprocessing"])
-        values |= {name: fields.listed(f"preprocessing.{name}", values[name]) for name in ("mean", "std")}
-        try:
-            preprocessing = Preprocessing(**values)
-        except ValueError as error:
-            raise ValueError(f"preprocessing.{error}") from None
+        preprocessing = Preprocessing.from_dict(found["preprocessing"])
         classes = fields.listed("classes", found["classes"])
         if not classes or not all(isinstance(name, str) for name in classes):
             raise ValueError(f"classes must be one name or more, got {found['classes']!r}")

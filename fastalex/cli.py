@@ -34,6 +34,8 @@ WORDS = {
     "images": "[PICTURE ...]",
     "kernel": "TEXT",
     "lr": "RATE",
+    "backbone_lr": "FACTOR",
+    "init": "WEIGHTS",
     **dict.fromkeys(("label_smoothing", "threshold"), "SHARE"),
     "save_minutes": "MINUTES",
 }
@@ -96,8 +98,8 @@ def train(
 ) -> None:
     """Train a model; after every epoch a checkpoint and a line of metrics.jsonl are written to the output folder.
 
-    Own pictures take a small network for 64x64 pictures (recipe "photos", minutes on a CPU), or from 100,000 pictures
-    of 100 classes on the network and the recipe of 2012 ("paper"); what is chosen is printed first.
+    Own pictures take a small network for 64x64 pictures and 24 to 100 epochs (recipe "photos", minutes on a CPU), or
+    from 100,000 pictures of 100 classes on the network and the recipe of 2012 ("paper"); the choice is printed first.
     SIGTERM and Ctrl-C save the state and end the run. On several GPUs: torchrun --nproc-per-node 8 -m fastalex train
     ...
 
@@ -121,9 +123,10 @@ def train(
         lr: Highest learning rate.
         label_smoothing: Share of the target that is spread over all classes.
         amp: Automatic mixed precision: bf16, or fp16 with loss scaling.
-        accumulate: Cut each step's pictures into this many pieces, one after the other, to save memory.
+        accumulate: Cut each step's pictures into this many pieces, one after the other, to save memory; by default 1.
         compile: Pass the model through torch.compile.
-        parallel: Of several processes: "data" gives each the whole model, "hybrid" splits the fully connected layers.
+        parallel: Of several processes: "data", the default, gives each the whole model, "hybrid" splits the fully
+            connected layers.
         deterministic: Take only algorithms that give the same bits in every run, slower on a GPU.
         device: cpu, cuda, cuda:1, ...; by default a GPU if there is one.
         workers: Processes that read pictures from --data, 0 for none; by default one per core, 8 at most.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -52,6 +52,19 @@ class Preprocessing:
                 fields.number(name, value)
         if min(self.std) <= 0:
             raise ValueError(f"std must be above 0, got {self.std}")
+
+    @classmethod
+    def from_dict(cls, values: Any) -> Preprocessing:
+        """What `dataclasses.asdict` took apart, also after a trip through JSON.
+
+        Raises ValueError, naming the field, for one that is missing, unknown or wrong.
+        """
+        found = fields.complete("preprocessing", cls, values)
+        found |= {name: fields.listed(f"preprocessing.{name}", found[name]) for name in ("mean", "std")}
+        try:
+            return cls(**found)
+        except ValueError as error:
+            raise ValueError(f"preprocessing.{error}") from None
 
     @classmethod
     def for_photos(cls, channels: int, crop: int) -> Preprocessing:

@@ -41,10 +41,8 @@ class Settings:
             return None
         try:
             found = fields.complete("it", cls, json.loads(path.read_text(encoding="utf-8")))
-            looks = fields.complete("preprocessing", Preprocessing, found["preprocessing"])
-            looks |= {name: fields.listed(f"preprocessing.{name}", looks[name]) for name in ("mean", "std")}
-            recipe = Recipe.from_dict(found["recipe"])
-            return cls(str(found["name"]), recipe, Preprocessing(**looks), dict(found["flags"]))
+            recipe, looks = Recipe.from_dict(found["recipe"]), Preprocessing.from_dict(found["preprocessing"])
+            return cls(str(found["name"]), recipe, looks, dict(found["flags"]))
         except (TypeError, ValueError, RecursionError) as error:
             raise ValueError(f"{path} is damaged or of another version of fastalex: {error}") from None
 
