@@ -108,8 +108,8 @@ def train(
             val/CLASS/*.jpg; by default the Fashion-MNIST sample that ships with fastalex.
         recipe: How to train: "photos" (own pictures, few or many), "fine-tune" (on from --init), "paper" (2012),
             "caffe" (its bvlc_alexnet), "torchvision", "fast" (large batches for many GPUs), "demo" (the sample). By
-            default as said above, with --init "fine-tune", and for the sample "demo", or "paper" with another
-            --variant.
+            default as said above, "fine-tune" where --init is of full size, and for the sample "demo", or "paper" with
+            another --variant.
         variant: Which AlexNet, by default the recipe's or that of --init: "demo" is narrow and takes 64x64 pictures,
             the others have the full size.
         init: Weights to start from instead of random ones: IMAGENET1K_V1, a file as for predict, or the folder of a

@@ -37,7 +37,7 @@ def choose_recipe(
 
     own: number of pictures and classes of the user's own data, None for the sample that ships with the package;
     initial: a model to start from, whose variant is taken.
-    By default the recipe is "fine-tune" for such a model, "demo" for the sample, and for own pictures "photos", or
+    By default the recipe is "fine-tune" for such a model of full size, else "demo" for the sample, and for own pictures "photos", or
     "paper" from recipes.MANY_PICTURES of recipes.MANY_CLASSES on; a variant other than "demo" makes "demo" to "paper".
     Raises ValueError for a change that makes no recipe, and for a variant other than the initial model's.
     """
@@ -47,7 +47,7 @@ def choose_recipe(
     many = own is not None and own[0] >= recipes.MANY_PICTURES and own[1] >= recipes.MANY_CLASSES
     if flags["recipe"] is not None:
         name = flags["recipe"]
-    elif initial is not None:
+    elif initial is not None and initial.variant.name != "demo":
         name = "fine-tune"
     elif own is None:
         name = "demo" if variant in (None, "demo") else "paper"

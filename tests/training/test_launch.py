@@ -68,6 +68,10 @@ def test_a_model_to_start_from_brings_its_variant():
     name, recipe = chosen(own=(114, 6), initial=initial)
     assert (name, recipe.variant, recipe.backbone_lr) == ("fine-tune", VARIANTS["caffenet"], 0.1)
     assert chosen("caffe", own=(114, 6), initial=initial)[1].variant == VARIANTS["caffenet"]
+    narrow = initial._replace(variant=recipes.demo_variant(1))
+    assert chosen(own=(114, 6), initial=narrow)[0] == "photos"
+    assert chosen(own=(114, 6), initial=narrow)[1].variant.in_channels == 1
+    assert chosen(initial=narrow)[0] == "demo"
     with pytest.raises(ValueError, match=r'weights some\.pth are of variant "caffenet", not "paper"'):
         chosen(variant="paper", initial=initial)
     assert launch.choose_looks(None, recipe, initial) is initial.preprocessing
