@@ -37,8 +37,9 @@ def choose_recipe(
 
     own: number of pictures and classes of the user's own data, None for the sample that ships with the package;
     initial: a model to start from, whose variant is taken.
-    By default the recipe is "fine-tune" for such a model of full size, else "demo" for the sample, and for own pictures "photos", or
-    "paper" from recipes.MANY_PICTURES of recipes.MANY_CLASSES on; a variant other than "demo" makes "demo" to "paper".
+    By default the recipe is "fine-tune" for such a model of full size, else "demo" for the sample, and "photos" for own
+    pictures, or "paper" from recipes.MANY_PICTURES of recipes.MANY_CLASSES on; a variant other than "demo" makes "demo"
+    to "paper".
     Raises ValueError for a change that makes no recipe, and for a variant other than the initial model's.
     """
     variant: str | None = flags["variant"]
