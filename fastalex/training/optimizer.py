@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from math import cos, pi
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from torch.optim import SGD
 
+from fastalex.optim import SGD
 from fastalex.training.recipes import Recipe
 
 PLATEAU_DIVISIONS = 3
@@ -111,25 +111,16 @@ class LARS(SGD):
         super().__init__(groups, lr, momentum, foreach=True)
         self.trust, self.layers = trust, layers
 
-    @torch.no_grad()
-    def step(self, closure: Any = None) -> Any:
+    def factors(self) -> Mapping[Tensor, Tensor]:
         decays = {p: group["weight_decay"] for group in self.param_groups for p in group["params"]}
+        found = {}
         for layer in self.layers:
             size, gradient_size = norm(layer), norm([p.grad for p in layer])
             factor = self.trust * size / (gradient_size + decays[layer[0]] * size)
             # a layer without weights or gradients has no scale: leave it to plain SGD
             factor = torch.where((size > 0) & (gradient_size > 0), factor, 1.0)
-            for parameter in layer:
-                local(parameter.grad).add_(local(parameter), alpha=decays[parameter]).mul_(factor)
-        # the decay is in the gradients now
-        kept = [group["weight_decay"] for group in self.param_groups]
-        for group in self.param_groups:
-            group["weight_decay"] = 0.0
-        try:
-            return super().step(closure)
-        finally:
-            for group, decay in zip(self.param_groups, kept, strict=True):
-                group["weight_decay"] = decay
+            found |= dict.fromkeys(layer, factor)
+        return found
 
 
 def norm(tensors: Sequence[Any]) -> Tensor:
@@ -140,8 +131,3 @@ def norm(tensors: Sequence[Any]) -> Tensor:
 def whole(tensor: Any) -> Tensor:
     """The tensor itself, or all of one that is spread over processes; then each of them must ask."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
-def local(tensor: Any) -> Tensor:
-    """The tensor itself, or this process's part of it, sharing its memory."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

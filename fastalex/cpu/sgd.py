@@ -1,0 +1,82 @@
+"""SGD whose weights lie in two halves, on a CPU: PyTorch's fused update of each weight, put together for it.
+
+The halves are those of `fastalex.kernels.sgd`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.sgd import sgd
+
+
+def join_halves(high: Tensor, low: Tensor) -> Tensor:
+    """The fp32 weight of a bf16 number and an int16 lower half.
+
+    Infinity, NaN and zero that somebody has written over another number are taken as they are.
+    """
+    bits = high.view(torch.int16)
+    alone = ((bits & 0x7F80) == 0x7F80) | (((bits & 0x7FFF) == 0) & (low < 0))
+    return ((bits.int() << 16) + low.int().masked_fill_(alone, 0)).view(torch.float32)
+
+
+def split_halves(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """(bf16, int16) of an fp32 weight: the nearest number, ties away from zero, and what is missing."""
+    bits = weight.view(torch.int32)
+    # wraps for no number: their sign bit and largest exponent leave room
+    high = torch.where(weight.isnan(), (bits >> 16) | 0x0040, (bits + 0x8000) >> 16)
+    return high.short().view(torch.bfloat16), (bits - (high << 16)).short()
+
+
+def sgd_(
+    weights: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    momentum_buffers: Sequence[Tensor] | None = None,
+    lows: Sequence[Tensor] | None = None,
+    *,
+    lr: float | Tensor,
+    momentum: float = 0.0,
+    dampening: float = 0.0,
+    weight_decay: float = 0.0,
+    nesterov: bool = False,
+    maximize: bool = False,
+    first: bool = False,
+    factors: Tensor | None = None,
+    grad_scale: Tensor | None = None,
+    found_inf: Tensor | None = None,
+    **ignored: Any,
+) -> None:
+    """As `fastalex.kernels.sgd.sgd_`, one weight after the other, because each is made whole for a while."""
+    if found_inf is not None and found_inf == 1:
+        return
+    for i, (weight, grad) in enumerate(zip(weights, grads, strict=True)):
+        whole = join_halves(weight, lows[i]) if lows else weight
+        g = grad.float()
+        if grad_scale is not None:
+            g = g / grad_scale
+            grad.copy_(g)
+        if factors is not None:
+            g = g.neg() if maximize else g
+            g = (g.add(whole, alpha=weight_decay) if weight_decay else g) * factors[i]
+        buffer = None if first or not momentum_buffers else momentum_buffers[i]
+        buffers = [buffer]
+        sgd(
+            [whole],
+            [g],
+            buffers,
+            fused=True,
+            weight_decay=weight_decay if factors is None else 0.0,
+            momentum=momentum,
+            lr=lr,
+            dampening=dampening,
+            nesterov=nesterov,
+            maximize=maximize and factors is None,
+        )
+        if first and momentum_buffers:
+            momentum_buffers[i].copy_(buffers[0])
+        if lows:
+            for half, value in zip((weight, lows[i]), split_halves(whole), strict=True):
+                half.copy_(value)
