@@ -242,9 +242,9 @@ class SGD(torch.optim.SGD):
         for key, tensors in alike.items():
             weights, gradients, buffers, lows = map(list, zip(*tensors, strict=True))
             weight: Any = weights[0]
-            triton = not backend.takes_reference("SGD", weight) and backend.takes_triton("SGD", weight)
-            run: Any = gpu.sgd.sgd_ if triton else sgd_
-            if triton and (number, key) not in self._tables:
+            kernel = takes_kernel(weight)
+            run: Any = gpu.sgd.sgd_ if kernel else sgd_
+            if kernel and (number, key) not in self._tables:
                 self._tables[number, key] = gpu.sgd.Table()
             of_device = {name: as_read_on(weight.device, value) for name, value in options.items()}
             with device_of(weight):
@@ -270,15 +270,18 @@ def as_read_on(device: torch.device, value: Any) -> Any:
 
 
 def is_for_the_kernel(parameter: Tensor, grad: Tensor) -> bool:
-    """Whether the kernel can update a weight that is not split; PyTorch updates all others."""
+    """Whether the kernel updates a weight that is not split; PyTorch updates all others."""
     return (
-        parameter.is_cuda
-        and parameter.dtype == torch.float32
+        parameter.dtype == torch.float32
         and not grad.is_sparse
         and is_plain(parameter)
         and is_packed(parameter)
-        and not backend.takes_reference("SGD", parameter)
+        and takes_kernel(parameter)
     )
+
+
+def takes_kernel(parameter: Tensor) -> bool:
+    return not backend.takes_reference("SGD", parameter) and backend.takes_triton("SGD", parameter)
 
 
 def check_splittable(parameter: Tensor) -> None:

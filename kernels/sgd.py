@@ -137,17 +137,7 @@ def sgd_kernel(
     factor = tl.load(factors_ptr + tensor) if factors_ptr is not None else None
     grad_scale = tl.load(grad_scale_ptr) if grad_scale_ptr is not None else None
 
-    if (start + BLOCK <= end) & (((weight | low | buffer | grad) & 15) == 0):
-        i = start + tl.arange(0, BLOCK // VEC)[:, None] * VEC + tl.arange(0, VEC)[None, :]
-        update(
-            tl.multiple_of(weight.to(tl.pointer_type(tl.int16 if SPLIT else tl.float32)), 16),
-            tl.multiple_of(low.to(tl.pointer_type(tl.int16)), 16),
-            tl.multiple_of(buffer.to(tl.pointer_type(tl.float32)), 16),
-            tl.multiple_of(grad.to(tl.pointer_type(GRAD)), 16),
-            i, end, momentum, undamped, decay, lr, factor, grad_scale,
-            SPLIT, DECAY, MOMENTUM, FIRST, NESTEROV, MAXIMIZE, MASKED=False,
-        )  # fmt: skip
-    else:
+    if (start + BLOCK > end) | (((weight | low | buffer | grad) & 15) != 0):
         for piece in range(0, BLOCK, PIECE):
             update(
                 weight.to(tl.pointer_type(tl.int16 if SPLIT else tl.float32)),
@@ -157,6 +147,16 @@ def sgd_kernel(
                 start + piece + tl.arange(0, PIECE), end, momentum, undamped, decay, lr, factor, grad_scale,
                 SPLIT, DECAY, MOMENTUM, FIRST, NESTEROV, MAXIMIZE, MASKED=True,
             )  # fmt: skip
+    else:
+        update(
+            tl.multiple_of(weight.to(tl.pointer_type(tl.int16 if SPLIT else tl.float32)), 16),
+            tl.multiple_of(low.to(tl.pointer_type(tl.int16)), 16),
+            tl.multiple_of(buffer.to(tl.pointer_type(tl.float32)), 16),
+            tl.multiple_of(grad.to(tl.pointer_type(GRAD)), 16),
+            start + tl.arange(0, BLOCK // VEC)[:, None] * VEC + tl.arange(0, VEC)[None, :],
+            end, momentum, undamped, decay, lr, factor, grad_scale,
+            SPLIT, DECAY, MOMENTUM, FIRST, NESTEROV, MAXIMIZE, MASKED=False,
+        )  # fmt: skip
 
 
 GRADS = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
