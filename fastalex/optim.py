@@ -125,6 +125,20 @@ class SGD(torch.optim.SGD):
                 low = torch.zeros_like(parameter, dtype=torch.int16)
             self.state[parameter]["lower_half"] = low
 
+    def _lower_half(self, parameter: Tensor) -> Tensor:
+        """In the order of the parameter's memory; zeros if somebody has cleared the state."""
+        if parameter.dtype != torch.bfloat16:
+            raise RuntimeError(
+                f"a split parameter of shape {tuple(parameter.shape)} has become {parameter.dtype}: "
+                "let it be bfloat16, or use joined()"
+            )
+        state = self.state[parameter]
+        low = state.get("lower_half")
+        if low is None or not lies_like(low, parameter):
+            fresh = torch.zeros_like(parameter, dtype=torch.int16)
+            low = state["lower_half"] = fresh if low is None else fresh.copy_(low)
+        return low
+
     @contextlib.contextmanager
     def joined(self) -> Iterator[None]:
         """Within the block, the parameters are the fp32 weights, and the state is torch.optim.SGD's; then split again.
@@ -135,20 +149,19 @@ class SGD(torch.optim.SGD):
         if not self.split or self._joined:
             yield
             return
-        halves = {}
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                low = self.state[parameter].pop("lower_half")
-                halves[parameter] = parameter.data, low, parameter.grad
-                parameter.grad = None
-                parameter.data = join_halves(parameter.data, low)
+        every = [parameter for group in self.param_groups for parameter in group["params"]]
+        halves = {p: (p.data, self._lower_half(p), p.grad) for p in every}
+        for parameter, (high, low, _) in halves.items():
+            del self.state[parameter]["lower_half"]
+            parameter.grad = None
+            parameter.data = join_halves(high, low)
         self._joined = True
         try:
             yield
         finally:
             self._joined = False
             for parameter, (high, low, grad) in halves.items():
-                for half, value in zip((high, low), split_halves(parameter.data), strict=True):
+                for half, value in zip((high, low), split_halves(parameter.data.float()), strict=True):
                     half.copy_(value)
                 parameter.grad = None
                 parameter.data = high
@@ -162,7 +175,7 @@ class SGD(torch.optim.SGD):
             super().load_state_dict(state_dict)
             loaded = {p: state.pop("lower_half", None) for p, state in self.state.items()}
         for parameter, low in loaded.items():
-            if self.split and low is not None:
+            if self.split and not self._joined and low is not None:
                 self.state[parameter]["lower_half"].copy_(low)
 
     # -- the step
@@ -200,9 +213,11 @@ class SGD(torch.optim.SGD):
             self._step_at_once(number, group, options | scaling, parameters, grads, factors)
             return
         if factors:
-            for parameter, grad in zip(parameters, grads, strict=True):
-                local(grad).add_(local(parameter), alpha=group["weight_decay"]).mul_(factors[parameter])
-            options["weight_decay"] = 0.0  # it is in the gradients now
+            for parameter, grad in zip(parameters, map(local, grads), strict=True):
+                if group["maximize"]:
+                    grad.neg_()
+                grad.add_(local(parameter), alpha=group["weight_decay"]).mul_(factors[parameter])
+            options |= {"weight_decay": 0.0, "maximize": False}  # they are in the gradients now
         sgd(
             parameters,
             grads,
@@ -238,25 +253,24 @@ class SGD(torch.optim.SGD):
                 buffer = state["momentum_buffer"] = fresh if buffer is None else fresh.copy_(buffer)
             if not (is_packed(grad) and lies_like(grad, parameter)):
                 grad = torch.empty_like(parameter, dtype=grad.dtype).copy_(grad)
-            alike[parameter.device, grad.dtype, first].append((parameter, grad, buffer, state.get("lower_half")))
-        for key, tensors in alike.items():
+            low = self._lower_half(parameter) if self.split else None
+            alike[parameter.device, grad.dtype, first].append((parameter, grad, buffer, low))
+        for (device, dtype, first), tensors in alike.items():
             weights, gradients, buffers, lows = map(list, zip(*tensors, strict=True))
-            weight: Any = weights[0]
-            kernel = takes_kernel(weight)
+            kernel = takes_kernel(weights[0])
             run: Any = gpu.sgd.sgd_ if kernel else sgd_
-            if kernel and (number, key) not in self._tables:
-                self._tables[number, key] = gpu.sgd.Table()
-            of_device = {name: as_read_on(weight.device, value) for name, value in options.items()}
-            with device_of(weight):
+            table = self._tables.setdefault((number, device, dtype), gpu.sgd.Table()) if kernel else None
+            of_device = {name: as_read_on(device, value) for name, value in options.items()}
+            with device_of(weights[0]):
                 run(
                     weights,
                     gradients,
                     buffers if group["momentum"] != 0 else None,
                     lows if self.split else None,
                     **of_device,
-                    first=key[-1],
+                    first=first,
                     factors=torch.stack([factors[w] for w in weights]).float() if factors else None,
-                    table=self._tables.get((number, key)),
+                    table=table,
                 )
             # what a graph of autograd has saved of them is no longer there
             torch.autograd.graph.increment_version(weights)

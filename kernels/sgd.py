@@ -213,15 +213,18 @@ def check(weights, grads, momentum_buffers, lows):
     kinds = [("weights", weights, torch.bfloat16 if lows else torch.float32), ("grads", grads, dtype)]
     kinds += [("momentum_buffers", momentum_buffers, torch.float32)] if momentum_buffers else []
     kinds += [("lows", lows, torch.int16)] if lows else []
+    for i, weight in enumerate(weights):
+        if not is_packed(weight):
+            raise ValueError(f"weights[{i}] must be packed, got {tuple(weight.shape)} with strides {weight.stride()}")
     for name, tensors, wanted in kinds:
         if len(tensors) != len(weights):
             raise ValueError(f"{name} must be as many as weights, {len(weights)}, got {len(tensors)}")
         for i, (x, weight) in enumerate(zip(tensors, weights, strict=True)):
             if x.dtype != wanted or x.device != device:
                 raise ValueError(f"{name}[{i}] must be {wanted} on {device}, got {x.dtype} on {x.device}")
-            if not is_packed(weight) or not lies_like(x, weight):
+            if not lies_like(x, weight):
                 raise ValueError(
-                    f"{name}[{i}] must be packed and lie as weights[{i}], {tuple(weight.shape)} with strides "
+                    f"{name}[{i}] must lie as weights[{i}], {tuple(weight.shape)} with strides "
                     f"{weight.stride()}, got {tuple(x.shape)} with strides {x.stride()}"
                 )
 

@@ -304,6 +304,22 @@ def test_copies_and_pickles(split):
         assert_equal(weights(other), weights(ours))
 
 
+def test_parameters_that_become_something_else():
+    ours = SGD(parameters(), 0.1, split=True)
+    own = take_steps(ours)
+    before = weights(ours)
+    own[2].data = own[2].data.contiguous()  # in another order
+    assert_equal(weights(ours), before)
+    ours.state.clear()
+    assert_equal(weights(ours), [p.float() for p in own])
+    own[0].data = own[0].data.float()
+    with pytest.raises(RuntimeError, match=r"shape \(37, 11\) has become torch.float32"):
+        weights(ours)
+    own[0].grad = torch.zeros_like(own[0])
+    with pytest.raises(RuntimeError, match="has become"):
+        ours.step()
+
+
 # ---- what surrounds an optimizer
 
 
