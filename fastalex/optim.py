@@ -207,8 +207,10 @@ class SGD(torch.optim.SGD):
             return
         if self.split and sparse:
             raise RuntimeError("split does not take sparse gradients")
-        options = {key: group[key] for key in ("lr", "momentum", "dampening", "weight_decay", "nesterov", "maximize")}
-        scaling = {key: getattr(self, key, None) for key in ("grad_scale", "found_inf")}
+        options: dict[str, Any] = {
+            key: group[key] for key in ("lr", "momentum", "dampening", "weight_decay", "nesterov", "maximize")
+        }
+        scaling: dict[str, Any] = {key: getattr(self, key, None) for key in ("grad_scale", "found_inf")}
         if self.split or (factors and all(map(is_for_the_kernel, parameters, grads))):
             self._step_at_once(number, group, options | scaling, parameters, grads, factors)
             return

@@ -17,6 +17,8 @@ low 4, momentum 8.  With a bf16 copy beside an fp32 weight it would be 20, and w
 32: 20 of the update, 6 to cast the weight, 6 to cast the gradient.
 """
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -138,7 +140,7 @@ def sgd_kernel(
     grad_scale = tl.load(grad_scale_ptr) if grad_scale_ptr is not None else None
 
     if (start + BLOCK > end) | (((weight | low | buffer | grad) & 15) != 0):
-        for piece in range(0, BLOCK, PIECE):
+        for piece in range(0, tl.minimum(end - start, BLOCK), PIECE):
             update(
                 weight.to(tl.pointer_type(tl.int16 if SPLIT else tl.float32)),
                 low.to(tl.pointer_type(tl.int16)),
@@ -169,13 +171,19 @@ class Table:
     """
 
     def __init__(self):
-        self.sizes = self.rows = self.tensors = self.values = self.staged = self.spare = None
-        self.captured = []
+        self.sizes: Any = None
+        self.rows: Any = None
+        self.tensors: Any = None
+        self.values: Any = None
+        self.staged: Any = None
+        self.spare: Any = None
+        self.captured: list[Any] = []
 
     def update(self, sizes, rows, numbers, device):
         """(tensor of each program, table, numbers) for the kernel, on the device."""
         capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
         if self.sizes != (sizes, device):
+            self.refuse(capturing)
             programs = torch.tensor([triton.cdiv(size, BLOCK) for size in sizes])
             self.tensors = torch.repeat_interleave(programs).to(torch.int32).to(device)
             self.sizes, self.rows = (sizes, device), None
@@ -192,17 +200,20 @@ class Table:
         """On the device.  A graph replays the copy, from pinned memory, which cannot be had while it is captured."""
         if device.type != "cuda":
             return values.to(device)
-        if not capturing:
+        if capturing:
+            self.refuse(self.spare is None)
+            self.staged, self.spare = self.spare.copy_(values), None
+        else:
             self.staged = values.pin_memory()
             if self.spare is None or self.spare.shape != values.shape:
                 self.spare = torch.empty_like(values).pin_memory()
-        elif self.spare is None or self.spare.shape != values.shape:
-            raise RuntimeError(
-                "take a step before the capture of a CUDA graph: it needs memory that a capture cannot get"
-            )
-        else:
-            self.staged, self.spare = self.spare.copy_(values), None
         return self.staged.to(device, non_blocking=True)
+
+    def refuse(self, unprepared):
+        if unprepared:
+            raise RuntimeError(
+                "take a step before the capture of a CUDA graph: it leaves the memory that this one needs"
+            )
 
 
 def check(weights, grads, momentum_buffers, lows):

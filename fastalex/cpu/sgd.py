@@ -61,8 +61,7 @@ def sgd_(
         if factors is not None:
             g = g.neg() if maximize else g
             g = (g.add(whole, alpha=weight_decay) if weight_decay else g) * factors[i]
-        buffer = None if first or not momentum_buffers else momentum_buffers[i]
-        buffers = [buffer]
+        buffers: list[Any] = [None if first or not momentum_buffers else momentum_buffers[i]]
         sgd(
             [whole],
             [g],

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.optim import SGD
 
-from fastalex.optim import SGD
+from fastalex import optim
 from fastalex.training.recipes import Recipe
 
 PLATEAU_DIVISIONS = 3
@@ -71,7 +72,7 @@ def make_optimizer(model: nn.Module, recipe: Recipe) -> SGD:
     if recipe.trust is not None:
         return LARS(groups, recipe.lr, recipe.momentum, trust=recipe.trust, layers=layers_of(model))
     # fused: one kernel for all parameters, 1.2x faster steps than the default at batch 32 on a Sapphire Rapids
-    return SGD(groups, recipe.lr, recipe.momentum, fused=True)
+    return optim.SGD(groups, recipe.lr, recipe.momentum, fused=True)
 
 
 def layers_of(model: nn.Module) -> list[list[nn.Parameter]]:
@@ -90,7 +91,7 @@ def set_lr(optimizer: SGD, lr: float, *, in_velocity: bool) -> None:
                     momentum_buffer.mul_(before / group["lr"])
 
 
-class LARS(SGD):
+class LARS(optim.SGD):
     """Layer-wise adaptive rate scaling (You, Gitman, Ginsburg 2017, arXiv:1708.03888), around momentum SGD.
 
     The gradient of a layer (its weight and its bias together), decay included, is multiplied by
@@ -113,7 +114,7 @@ class LARS(SGD):
 
     def factors(self) -> Mapping[Tensor, Tensor]:
         decays = {p: group["weight_decay"] for group in self.param_groups for p in group["params"]}
-        found = {}
+        found: dict[Tensor, Tensor] = {}
         for layer in self.layers:
             size, gradient_size = norm(layer), norm([p.grad for p in layer])
             factor = self.trust * size / (gradient_size + decays[layer[0]] * size)

@@ -125,10 +125,10 @@ def test_torchs_fused_update(nesterov, device):
     options = {"lr": 2.0**-5, "momentum": 0.5, "weight_decay": 2.0**-9, "nesterov": nesterov}
     if device.type == "cuda":
         options |= {"lr": 0.01, "momentum": 0.9, "weight_decay": 5e-4}
-    ours = Parameters(device)
+    ours = Parameters(device, [(BLOCK + 9,), (8, 3, 5, 5)])
     theirs = [torch.nn.Parameter(weight.clone()) for weight in ours.weights]
     optimizer = torch.optim.SGD(theirs, fused=True, **options)
-    for i in range(20):
+    for i in range(10):
         grads = ours.grads(torch.float32)
         ours.step(grads, split=i % 2 == 1, first=i == 0, **options)
         if i % 2:  # the whole weights and the halves take turns
@@ -193,7 +193,7 @@ def test_halves_are_the_weight():
 
 def test_the_kernels_halves_are_these(device):
     """lr = 0: the kernel puts weights together and takes them apart."""
-    w = patterns().to(device)
+    w = patterns()[::13].to(device)
     w = w[w.isfinite()]
     high, low = split_halves(w)
     before = high.clone(), low.clone()
@@ -295,6 +295,41 @@ def check_moving(device):
             for (w, m), g in zip(parameters.expected, grads, strict=True)
         ]
         parameters.check(split=False)
+
+
+def test_a_captured_launch_keeps_what_it_reads(monkeypatch):
+    """Without a GPU: what a capture allows and forbids is played here."""
+    capturing, to = [True], torch.Tensor.to
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing[0])
+    monkeypatch.setattr(
+        torch.Tensor, "pin_memory", lambda x: pytest.fail("in a capture") if capturing[0] else x.clone()
+    )
+    monkeypatch.setattr(
+        torch.Tensor,
+        "to",
+        lambda x, where, **options: x.clone() if isinstance(where, torch.device) else to(x, where, **options),
+    )
+    table, numbers = Table(), (0.9, 1.0, 0.0, 0.1)
+
+    def update(address):
+        return table.update((5,), ((0, 5, address, 0, 0, 32),), numbers, torch.device("cuda"))
+
+    with pytest.raises(RuntimeError, match="take a step before the capture"):
+        update(16)
+    capturing[0] = False
+    _, values, found = update(16)
+    assert values.tolist() == [0, 5, 16, 0, 0, 32]
+    assert found.tolist() == list(numbers)
+    capturing[0] = True
+    assert update(16)[1].data_ptr() == values.data_ptr()
+    _, captured, _ = update(48)
+    with pytest.raises(RuntimeError, match="take a step before the capture"):
+        update(64)
+    capturing[0] = False
+    assert update(80)[1].tolist() == [0, 5, 80, 0, 0, 32]
+    # a replay copies from what was staged
+    assert [kept.tolist()[:6] for _, kept, _ in table.captured] == [[0, 5, 16, 0, 0, 32], [0, 5, 48, 0, 0, 32]]
+    assert table.captured[1][2].tolist()[:6] == captured.tolist() == [0, 5, 48, 0, 0, 32]
 
 
 # ---- what the device knows
