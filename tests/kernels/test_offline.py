@@ -283,6 +283,7 @@ SGD_CASES = [
 @pytest.mark.parametrize(("name", "dtype", "target"), SGD_CASES)
 def test_sgd(name, dtype, target, answers):
     """Nothing is spilt or exchanged, vectors are whole, and DRAM sets the pace where fp64 is no afterthought."""
+    assert "error" not in answers[name, dtype, target]
     [code] = answers[name, dtype, target]
     assert code["spills"] == code["stack"] == code["shared"] == 0
     assert "16" in code["loads"]
