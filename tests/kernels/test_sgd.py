@@ -144,6 +144,7 @@ def test_torchs_fused_update(nesterov, device):
             assert_same(buffer, optimizer.state[parameter]["momentum_buffer"])
 
 
+@pytest.mark.filterwarnings("ignore:.* encountered")
 def test_infinities_and_nan(device):
     special = torch.tensor([torch.inf, -torch.inf, torch.nan, 3.4e38, -3.4e38, 1e-45, 0.0, -0.0, 1.0], device=device)
     grads = special.repeat_interleave(len(special))
