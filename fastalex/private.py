@@ -1,7 +1,8 @@
 """What this package uses of PyTorch and PyTorch does not promise to keep, in one place.
 
-tests/test_private.py fails where a PyTorch no longer has one of them, or it means something else.  Two are used
-elsewhere: Dynamo's registry of backends (`fastalex.dynamo`) and torch.library's operator objects (`fastalex.ops`).
+tests/test_private.py fails where a PyTorch no longer has one of them, or it means something else.  Some are used
+elsewhere: Dynamo's registry of backends (`fastalex.dynamo`), torch.library's operator objects (`fastalex.ops`), and of
+torch's SGD what its subclass must know (`fastalex.optim`: `_init_group`, `_step_supports_amp_scaling`).
 """
 
 from __future__ import annotations

@@ -5,8 +5,9 @@ Needs no Triton.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -30,6 +31,33 @@ def memory_format(x: Tensor) -> torch.memory_format:
 def is_channels_last(x: Tensor) -> bool:
     """Whether memory is packed with the channels (dimension 1) innermost.  One channel counts as contiguous."""
     return x.dim() > 1 and x.shape[1] > 1 and x.movedim(1, -1).is_contiguous()
+
+
+def is_packed(x: Tensor) -> bool:
+    """Whether the elements lie side by side, in whatever order of the dimensions."""
+    size = 1
+    for stride, length in sorted((stride, n) for stride, n in zip(x.stride(), x.shape, strict=True) if n > 1):
+        if stride != size:
+            return False
+        size *= length
+    return True
+
+
+def lies_like(x: Tensor, like: Tensor) -> bool:
+    """Whether the elements of both tensors, of which the second is packed, have the same places in memory."""
+    if x.shape != like.shape:
+        return False
+    return x.stride() == like.stride() or all(
+        a == b for a, b, n in zip(x.stride(), like.stride(), x.shape, strict=True) if n > 1
+    )
+
+
+def refuse_shared_memory(written: Mapping[str, Tensor]) -> None:
+    """Raises ValueError if two of these packed tensors, by their names, lie in the same memory."""
+    spans = sorted((x.data_ptr(), x.data_ptr() + x.nbytes, name) for name, x in written.items())
+    for (_, end, name), (start, _, other) in pairwise(span for span in spans if span[0] < span[1] and span[0]):
+        if start < end:
+            raise ValueError(f"{name} and {other} share memory: updating one would change the other")
 
 
 def dense(x: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ LAYERS = (
     ),
     ("fastalex.cpu", "fastalex.gpu"),
     ("fastalex.ops",),
-    ("fastalex.functional", "fastalex.dynamo", "fastalex.choices"),
+    ("fastalex.functional", "fastalex.dynamo", "fastalex.choices", "fastalex.optim"),
     ("fastalex.nn",),
     ("fastalex.variants", "fastalex.parallel", "fastalex.data.preprocessing"),
     ("fastalex.card",),

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from fastalex.kernels import max_pool as max_pool
     from fastalex.kernels import partial_sums as partial_sums
     from fastalex.kernels import relu_bias_grad as relu_bias_grad
+    from fastalex.kernels import sgd as sgd
     from fastalex.kernels import space_to_depth as space_to_depth
 
 KERNELS = {
@@ -32,6 +33,7 @@ KERNELS = {
     "max_pool",
     "partial_sums",
     "relu_bias_grad",
+    "sgd",
     "space_to_depth",
 }
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from triton.runtime.jit import KernelInterface
 
-from fastalex.alexnet import AlexNet
+from fastalex.alexnet import AlexNet, parameter_shapes
 from fastalex.kernels import (
     augment,
     bias_relu,
@@ -24,6 +24,7 @@ from fastalex.kernels import (
     max_pool,
     partial_sums,
     relu_bias_grad,
+    sgd,
     space_to_depth,
 )
 from fastalex.kernels.convolution import forward, input_grad, weight_grad
@@ -274,6 +275,57 @@ class AugmentEntry:
 
 
 @dataclass(frozen=True)
+class SgdEntry:
+    """A step of SGD with momentum and decay of all parameters of a variant with 1,000 classes.
+
+    bf16: weights in halves, and gradients in bf16.  fp32: whole weights and gradients, and LARS's factors.
+    prefix: only parameters whose names begin so.
+    """
+
+    dtype: str
+    variant: str = "paper"
+    layer: str = "parameters"
+    operation: str = "sgd"
+    direction: str = "step"
+    layout: str = "channels_last"
+    prefix: str = ""
+    batch: int = 1
+    side: int = 1
+
+    @property
+    def name(self):
+        return "/".join((self.variant, self.layer, self.operation, self.direction, self.dtype, self.layout))
+
+    @property
+    def shapes(self):
+        found = parameter_shapes(VARIANTS[self.variant], 1000)
+        return [shape for name, shape in found.items() if name.startswith(self.prefix)]
+
+    @property
+    def image_elements(self):
+        """Parameters."""
+        return sum(shape.numel() for shape in self.shapes)
+
+    flops = 0
+
+    def call(self, batch=None, device="meta"):
+        def tensors(dtype):
+            return [torch.zeros(shape, dtype=dtype, device=device) for shape in self.shapes]
+
+        split = self.dtype == "bf16"
+        sgd.sgd_(
+            tensors(DTYPES[self.dtype]),
+            tensors(DTYPES[self.dtype]),
+            tensors(torch.float32),
+            tensors(torch.int16) if split else None,
+            lr=0.01,
+            momentum=0.9,
+            weight_decay=5e-4,
+            factors=None if split else torch.ones(len(self.shapes), device=device),
+        )
+
+
+@dataclass(frozen=True)
 class LpipsEntry:
     """One call of a launcher of `lpips`: two maps of one trunk and their distance, or two batches of images.
 
@@ -492,6 +544,8 @@ ENTRIES |= {
 
 ENTRIES |= {entry.name: entry for block in (1, 4) for dtype in DTYPES for entry in [AugmentEntry(block, dtype)]}
 
+ENTRIES |= {entry.name: entry for dtype in ("bf16", "fp32") for entry in [SgdEntry(dtype)]}
+
 # Pictures of 256 x 256.
 LPIPS_LAYERS = [
     LpipsEntry("lpips-alex", "images", "", 3, 256),
@@ -517,7 +571,7 @@ ENTRIES |= {
 
 def representative(dtype):
     """The entries that differ, of training in channels_last: the paper's, caffenet's for the LRN alone, and LPIPS."""
-    layers = ("pictures", "pictures_space_to_depth", "conv1", "conv2", "conv3", "conv5", "fc6")
+    layers = ("pictures", "pictures_space_to_depth", "conv1", "conv2", "conv3", "conv5", "fc6", "parameters")
     wanted = [("paper", layer) for layer in layers]
     wanted += [("lpips-alex", layer) for layer in ("images", "relu1", "relu2", "relu3", "relu4")]
     wanted += [("lpips-vgg", "relu4_3")]

@@ -173,6 +173,9 @@ def count(name):
         return count_convolution(entry)
     image = entry.side > 1
     batch = 1 if image else catalog.BATCH
+    if isinstance(entry, catalog.SgdEntry):
+        # of which every block of parameters has its own bytes: conv2's are counted
+        entry, batch = replace(entry, prefix="features.3."), 1
     with counting() as counted, cut_as_in_a_batch() if image else contextlib.nullcontext():
         entry.call(batch, device="cpu")
     elements = entry.image_elements * batch

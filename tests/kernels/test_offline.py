@@ -272,6 +272,44 @@ def test_catalogue_is_what_lpips_launches(net):
     }
 
 
+# ---- SGD
+
+SGD_CASES = [
+    pytest.param("paper/parameters/sgd/step", *case, marks=() if case == ("bf16", "sm_90") else pytest.mark.slow)
+    for case in itertools.product(("bf16", "fp32"), compiler.TARGETS)
+]
+
+
+@pytest.mark.parametrize(("name", "dtype", "target"), SGD_CASES)
+def test_sgd(name, dtype, target, answers):
+    """Nothing is spilt or exchanged, vectors are whole, and DRAM sets the pace where fp64 is no afterthought."""
+    assert "error" not in answers[name, dtype, target]
+    [code] = answers[name, dtype, target]
+    assert code["spills"] == code["stack"] == code["shared"] == 0
+    assert "16" in code["loads"]
+    assert "16" in code["stores"]
+    if dtype == "bf16":
+        # four of bf16 and of the lower halves; the 2 bytes are those of odd addresses
+        assert "8" in code["loads"]
+        assert "8" in code["stores"]
+    if target in ("sm_80", "sm_90", "sm_100"):
+        entry = catalog.ENTRIES[f"{name}/{dtype}/channels_last"]
+        pipes = {pipe: number * entry.image_elements for pipe, number in code["pipes"].items()}
+        for chip in (chip for chip in CHIPS if chip.target == target):
+            moved = SGD_BYTES[dtype] * entry.image_elements
+            modelled = times(chip, pipes=pipes, dram_bytes=moved, flops=0, dtype=dtype)
+            assert max(modelled.values()) == modelled["DRAM"]
+
+
+SGD_BYTES = {"bf16": 18, "fp32": 20}
+
+
+@pytest.mark.parametrize(("name", "dtype", "target"), [("paper/parameters/sgd/step", d, "traffic") for d in SGD_BYTES])
+def test_sgd_traffic(name, dtype, target, answers):
+    [launch] = answers[name, dtype, target]
+    assert SGD_BYTES[dtype] <= launch["read"] + launch["written"] <= 1.002 * SGD_BYTES[dtype]
+
+
 # ---- convolutions
 
 # Matrix instruction and KB of shared memory
