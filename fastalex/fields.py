@@ -17,9 +17,9 @@ def whole(name: str, value: Any, least: int = 1, most: int = 2**24) -> None:
 
 
 def number(name: str, value: Any, least: float = -math.inf) -> None:
-    """Raises ValueError unless the value is a finite number of at least `least`."""
+    """Raises ValueError unless the value is a finite number of at least `least`, and one that torch takes as an int."""
     good = isinstance(value, int | float) and not isinstance(value, bool)
-    if not good or not math.isfinite(value) or value < least:
+    if not good or not abs(value) < 2**63 or value < least:
         limit = "" if least == -math.inf else f" of at least {least:g}"
         raise ValueError(f"{name} must be a finite number{limit}, got {value!r}")
 

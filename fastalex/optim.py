@@ -34,6 +34,8 @@ from fastalex.cpu.sgd import join_halves, sgd_, split_halves
 from fastalex.kernels.geometry import is_packed, lies_like, refuse_shared_memory
 from fastalex.ops.common import device_of
 
+__all__ = ["SGD"]
+
 
 class SGD(torch.optim.SGD):
     """torch.optim.SGD (formulas, arguments, param_groups, state_dict and results), with two additions.

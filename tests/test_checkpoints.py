@@ -168,6 +168,8 @@ def test_no_wrong_value_makes_another_network(described, tmp_path):
         (lambda meta: meta["variant"].pop("relu"), r"variant lacks the field 'relu'"),
         (lambda meta: meta["preprocessing"].update(crop=None), r"preprocessing\.crop must be a whole number"),
         (lambda meta: meta["preprocessing"].update(std=[0.0, 1, 1]), r"preprocessing\.std must be above 0"),
+        (lambda meta: meta["variant"]["convs"][0].update(bias=2**64), r"bias must be a finite number, got 18446744"),
+        (lambda meta: meta["variant"].update(hidden_std=10**400), r"hidden_std must be a finite number of at least 0"),
         (lambda meta: meta.update(classes=[]), "classes must be one name or more"),
         (lambda meta: [meta], "must be an object with fields"),
     ],
