@@ -73,7 +73,7 @@ def demo(out: Path = DEMO_MODEL.parent, epochs: int = 24, device: str | None = N
 def train(
     data: Path | None = None,
     recipe: Literal["photos", "fine-tune", "demo", "paper", "caffe", "torchvision", "fast"] | None = None,
-    variant: Literal["demo", "paper", "code2012", "torchvision", "bvlc_alexnet", "caffenet"] | None = None,
+    variant: Literal["demo", "paper", "code2012", "torchvision", "bvlc_alexnet", "caffenet", "bn"] | None = None,
     init: str | None = None,
     freeze: Literal["nothing", "features", "backbone"] | None = None,
     backbone_lr: float | None = None,
@@ -299,7 +299,7 @@ def inspect(
 
 
 def describe(
-    variant: Literal["demo", "paper", "code2012", "torchvision", "bvlc_alexnet", "caffenet"] = "paper",
+    variant: Literal["demo", "paper", "code2012", "torchvision", "bvlc_alexnet", "caffenet", "bn"] = "paper",
     classes: int = 1000,
     json: Path | None = None,
     chart: Path | None = None,
@@ -362,7 +362,7 @@ def check() -> None:
 
 
 def tune(
-    variant: tuple[Literal["paper", "code2012", "torchvision", "bvlc_alexnet", "caffenet"], ...] = ("paper",),
+    variant: tuple[Literal["paper", "code2012", "torchvision", "bvlc_alexnet", "caffenet", "bn"], ...] = ("paper",),
     batch_size: tuple[int, ...] = (128,),
     dtype: tuple[Literal["fp16", "bf16", "fp32"], ...] = ("fp16",),
     inference: bool = False,

@@ -111,6 +111,7 @@ class Run:
         while len(history) < self.recipe.epochs:
             try:
                 self.train_epoch()
+                self.state.share_buffers()
                 # with one process nothing changes during evaluation
                 with self.stopping.at_once(), Watch(self.model) as watch:
                     scores = evaluate(self.model, self.data)

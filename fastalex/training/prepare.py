@@ -98,8 +98,12 @@ def prepare(
         shape = (recipe.batch_size // distributed.size(), preprocessing.channels, crop, crop)
         sample = torch.empty(shape, dtype=amp, device=device, memory_format=torch.channels_last).zero_()
         model.train()
+        # the passes that warm up for the capture would leave running statistics of an empty sample
+        kept = [buffer.clone() for buffer in model.buffers()]
         with torch.autocast(device.type, amp, enabled=amp is not None, cache_enabled=False):
             forward = cast(nn.Module, torch.cuda.make_graphed_callables(model, (sample,)))
+        for buffer, value in zip(model.buffers(), kept, strict=True):
+            buffer.copy_(value)
     if distributed.size() > 1:
         forward = nn.parallel.DistributedDataParallel(
             forward, [device] if device.type == "cuda" else None, gradient_as_bucket_view=True

@@ -20,7 +20,8 @@ class Recipe:
     "plateau" divides the rate by 10 when the test error has not improved for `patience` epochs, three times at most
     (the 2012 paper, where the authors did so by hand); "step" divides it by 10 every `step_epochs`; "one-cycle" rises
     to `lr` over the first quarter of all steps and falls to almost nothing (Smith and Topin 2017); "cosine" falls to
-    nothing along half a cosine.  Whatever the schedule, the first `warmup_epochs` rise to it linearly.
+    nothing along half a cosine, "poly" along a parabola (You et al. 2017).  Whatever the schedule, the first
+    `warmup_epochs` rise to it linearly.
 
     batch_size: pictures per step, of all processes together.
     bias_lr, bias_decay: the rate of biases, relative to that of weights, and whether they decay.
@@ -42,7 +43,7 @@ class Recipe:
     epochs: int
     batch_size: int
     lr: float
-    schedule: Literal["plateau", "step", "one-cycle", "cosine"]
+    schedule: Literal["plateau", "step", "one-cycle", "cosine", "poly"]
     momentum: float = 0.9
     weight_decay: float = 5e-4
     dropout: float = 0.5
