@@ -2,7 +2,7 @@
 
 A pass takes as long as its matrix products at the chip's published rate, or as its bytes at the published rate of its
 memory, whichever is longer; kernels follow each other without a gap, and each reads its input and writes its output
-once.  That is a floor.  Where a step was measured, `MEASURED` says how far above the floor it was.
+once.  That is a floor: `Plan.slower` says how far above it a step was that was measured.
 """
 
 from __future__ import annotations
@@ -27,10 +27,9 @@ NETWORK = 50.0  # GB/s from each GPU to other machines: 400 Gbit/s, data sheet
 # and momentum and writes the first and the last; LARS takes two norms, adds the decay, scales, and updates unfused.
 CAST, SGD_UPDATE, LARS_UPDATE = 12, 20, 8 + 12 + 8 + 32
 
-# Seconds of a training step that a GPU took, replayed from a CUDA graph: docs/gpu.md, benchmarks/results.
-MEASURED = {("H100", "paper", "bf16", 128): 2.84e-3}
-# Seconds of the same step without a graph, in which the host's calls are the limit: the README's "loop" less its device.
-HOST = 12.6e-3
+# The step of an H100 that was measured, replayed from a CUDA graph and called without one (benchmarks/results,
+# 2026-11-26): the paper's network in bf16, 128 pictures that are ready, SGD.
+MEASURED_CHIP, MEASURED, MEASURED_LOOP = "H100", 2.84e-3, 12.6e-3
 
 
 @dataclass(frozen=True)
@@ -46,11 +45,13 @@ class Stage:
 class Plan:
     """What `plan` found.  Sizes in bytes and per GPU, times in seconds; everything is modelled.
 
-    memory: what each GPU holds.  capacity: of a GPU.  stages: the parts of a training step, one after the other.
-    exchange: sending and receiving the gradients, beside the backward pass.  step: all of it.  load: reading the set
-    into the GPUs, once.  epoch: with the pictures for testing.  total: load and all epochs.
-    bound: what the step would have to do less of, to be shorter.
-    measured_over_model: of the measured step that is nearest, or None.
+    memory: what each GPU holds beside the set.  share: of the set, for each GPU.  capacity: of a GPU.
+    stages: the parts of a training step, one after the other.  beside: what goes on at the same time: the exchange of
+    gradients during the backward pass, pictures on their way from the machine's memory if the GPUs cannot hold them,
+    and the host's calls without a CUDA graph.  step: all of it.  load: reading the set, once.  epoch: with the pictures
+    for testing.  total: load and all epochs.  bound: what would have to be faster for the step to be shorter.
+    slower: how many times its model the measured step of this chip took; None for another chip.
+    total_if_slower: `total` if everything that a GPU computes takes so many times its model.
     """
 
     recipe: str
@@ -62,33 +63,36 @@ class Plan:
     pictures: int
     dtype: str
     memory: dict[str, int]
+    share: int
     capacity: int
     stages: tuple[Stage, ...]
-    exchange: Stage | None
-    host: float | None
+    beside: tuple[Stage, ...]
     step: float
     load: Stage
     epoch: float
     total: float
     bound: str
-    measured_over_model: float | None
+    slower: float | None
+    total_if_slower: float | None
 
     @property
-    def fits(self) -> bool:
-        return sum(self.memory.values()) <= self.capacity
+    def used(self) -> int:
+        """Bytes of a GPU, without the set."""
+        return sum(self.memory.values())
 
-    def part(self, name: str) -> float:
-        """Seconds of the stages whose name starts so."""
-        return sum(stage.seconds for stage in self.stages if stage.name.startswith(name))
+    @property
+    def is_resident(self) -> bool:
+        """Whether a GPU's share of the set fits beside the rest."""
+        return self.used + self.share <= self.capacity
 
     def to_dict(self) -> dict[str, Any]:
-        per_gpu = self.batch_size / self.gpus
+        own = self.batch_size / self.gpus
         return {
             "modelled": True,
             **asdict(self),
-            "fits": self.fits,
+            "is_resident": self.is_resident,
             "pictures_per_second": self.batch_size / self.step,
-            "pictures_per_second_and_gpu": {stage.name: per_gpu / stage.seconds for stage in self.stages},
+            "pictures_per_second_and_gpu": {s.name: own / s.seconds for s in (*self.stages, *self.beside)},
         }
 
 
@@ -103,7 +107,7 @@ def plan(
     pictures: int = IMAGENET,
     classes: int = 1000,
 ) -> Plan:
-    """The plan of a data-parallel run with pictures of 256x256 that lie on the GPUs.
+    """The plan of a data-parallel run on pictures of 256x256, which lie on the GPUs if they fit.
 
     Raises ValueError, naming the argument, for a recipe, variant or chip that is unknown, or a number out of range.
     """
@@ -115,8 +119,8 @@ def plan(
     for name, value in (("gpus", gpus), ("set_size", pictures)):
         if value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
-    changes = {"variant": VARIANTS[variant] if variant else None, "batch_size": batch_size, "epochs": epochs}
-    chosen = replace(RECIPES[recipe], **{name: value for name, value in changes.items() if value is not None})  # type: ignore[arg-type]
+    changes: dict[str, Any] = {"variant": VARIANTS.get(variant or ""), "batch_size": batch_size, "epochs": epochs}
+    chosen = replace(RECIPES[recipe], **{name: value for name, value in changes.items() if value is not None})
     if chosen.batch_size % gpus:
         raise ValueError(f"batch_size must be a multiple of gpus, {gpus}, got {chosen.batch_size}")
     steps = chosen.steps_per_epoch(pictures)
@@ -124,86 +128,106 @@ def plan(
 
 
 def _planned(name: str, recipe: Recipe, chip: Chip, gpus: int, pictures: int, steps: int, classes: int) -> Plan:
-    variant, own = recipe.variant, recipe.batch_size // gpus
-    dtype = {"off": "tf32", "bf16": "bf16", "fp16": "fp16"}[recipe.amp]
-    layers = describe(variant, classes).stages()
+    own, half = recipe.batch_size // gpus, recipe.amp != "off"
+    layers = describe(recipe.variant, classes).stages()
     parameters = sum(layer.parameters for stage in layers.values() for layer in stage)
-    size = 4 if recipe.amp == "off" else 2
-    update = (SGD_UPDATE if recipe.trust is None else LARS_UPDATE) + (0 if recipe.amp == "off" else CAST)
+    memory = _memory(recipe, layers, parameters, own)
+    share, capacity = -(-pictures // gpus) * RECORD, int(chip.memory * 1e9)
+    resident = sum(memory.values()) + share <= capacity
+    stages = _stages(recipe, layers, parameters, own, chip)
+    parts = {part: sum(s.seconds for s in stages if s.name.startswith(part)) for part in ("forward", "backward", "")}
 
-    def stage(label: str, *kernels: Kernel) -> Stage:
-        by_bound: dict[str, float] = {}
-        for flops, moved in kernels:
-            busy = times(chip, pipes={}, dram_bytes=moved, flops=flops, dtype=dtype)
-            bound = max(busy, key=busy.__getitem__)
-            by_bound[bound] = by_bound.get(bound, 0.0) + busy[bound]
-        return Stage(label, sum(by_bound.values()), max(by_bound, key=by_bound.__getitem__))
+    beside = []
+    if gpus > 1:
+        # a ring: each process sends 2 (n - 1) / n of its gradients, in fp32
+        sent = 2 * (gpus - 1) / gpus * 4 * parameters
+        speed, wire = (NETWORK, "network") if gpus > MACHINE else (chip.link, "link")
+        beside.append(Stage("exchange of gradients, during backward", sent / (speed * 1e9), wire))
+    if not resident:
+        beside.append(Stage("pictures to the GPU", own * RECORD / (chip.host * 1e9), "PCI Express"))
+    if not recipe.cuda_graphs:
+        beside.append(Stage("calls of the host, measured at 128 pictures", MEASURED_LOOP, "host"))
 
-    kernels = _kernels(variant, layers, own, size)
-    stages = [
-        # the window of the crop in each record, and the crop
-        stage("augment", (0.0, own * variant.in_channels * variant.crop**2 * (1 + size))),
-        *(stage(f"forward {label}", *kernels[label][0]) for label in kernels),
-        *(stage(f"backward {label}", *kernels[label][1]) for label in reversed(kernels)),
-        stage("update", (0.0, parameters * update)),
-    ]
-    device = sum(s.seconds for s in stages)
-    backward = sum(s.seconds for s in stages if s.name.startswith("backward"))
-    # each process sends 2 (n - 1) / n of its gradients, in fp32 (ring all-reduce)
-    across = gpus > MACHINE
-    speed = NETWORK if across else chip.link
-    sent = 2 * (gpus - 1) / gpus * 4 * parameters
-    exchange = Stage("exchange", sent / (speed * 1e9), "network" if across else "link") if gpus > 1 else None
-    # DistributedDataParallel sends while the backward pass goes on
-    waiting = max(0.0, exchange.seconds - backward) if exchange else 0.0
-    host = None if recipe.cuda_graphs else HOST
-    step = max(device + waiting, host or 0.0)
-    by_bound: dict[str, float] = {}
-    for s in stages:
-        by_bound[s.bound] = by_bound.get(s.bound, 0.0) + s.seconds
-    bound = max(by_bound, key=by_bound.__getitem__)
-    if exchange and exchange.seconds > backward:
-        bound = exchange.bound
-    if host and host > device + waiting:
-        bound = "host"
-    share = -(-pictures // gpus) * RECORD
-    machines = -(-gpus // MACHINE)
-    of_a_machine = pictures * RECORD / machines
-    disk, wire = of_a_machine / (DISK * 1e9), share / (chip.host * 1e9)
-    load = Stage("load", max(disk, wire), "disk" if disk >= wire else "PCI Express")
-    forward = sum(s.seconds for s in stages if s.name.startswith("forward"))
-    epoch = steps * step + VALIDATION / gpus / own * forward
-    reference = MEASURED.get((chip.name, "paper", dtype, 128))
+    def step_at(pace: float) -> tuple[float, str]:
+        """Seconds of a step whose kernels take so many times their model, and what bounds it."""
+        device, backward = pace * parts[""], pace * parts["backward"]
+        bounds: dict[str, float] = {}
+        for s in stages:
+            bounds[s.bound] = bounds.get(s.bound, 0.0) + s.seconds
+        longest = (device, max(bounds, key=bounds.__getitem__))
+        for s in beside:
+            exchanged = s.name.startswith("exchange")
+            needed = device + s.seconds - backward if exchanged else s.seconds
+            longest = max(longest, (needed, s.bound))
+        return longest
+
+    of_a_machine = pictures * RECORD / -(-gpus // MACHINE)
+    disk, wire_seconds = of_a_machine / (DISK * 1e9), share / (chip.host * 1e9) if resident else 0.0
+    load = Stage("load", max(disk, wire_seconds), "disk" if disk >= wire_seconds else "PCI Express")
+
+    def epoch_at(pace: float) -> float:
+        return steps * step_at(pace)[0] + pace * VALIDATION / gpus / own * parts["forward"]
+
+    slower = MEASURED / modelled_as_measured(chip) if chip.name == MEASURED_CHIP else None
+    step, bound = step_at(1.0)
     return Plan(
         recipe=name,
-        variant=variant.name,
+        variant=recipe.variant.name,
         chip=chip.name,
         gpus=gpus,
         batch_size=recipe.batch_size,
         epochs=recipe.epochs,
         pictures=pictures,
-        dtype=dtype,
-        memory={"set": share, **_memory(variant, layers, parameters, own, recipe)},
-        capacity=int(chip.memory * 1e9),
-        stages=tuple(stages),
-        exchange=exchange,
-        host=host,
+        dtype=recipe.amp if half else "tf32",
+        memory=memory,
+        share=share,
+        capacity=capacity,
+        stages=stages,
+        beside=tuple(beside),
         step=step,
         load=load,
-        epoch=epoch,
-        total=load.seconds + recipe.epochs * epoch,
+        epoch=epoch_at(1.0),
+        total=load.seconds + recipe.epochs * epoch_at(1.0),
         bound=bound,
-        measured_over_model=None if reference is None else reference / modelled_as_measured(chip),
+        slower=slower,
+        total_if_slower=None if slower is None else load.seconds + recipe.epochs * epoch_at(slower),
+    )
+
+
+def _stages(
+    recipe: Recipe, layers: dict[str, tuple[Layer, ...]], parameters: int, count: int, chip: Chip
+) -> tuple[Stage, ...]:
+    """The parts of a step of so many pictures on one GPU.  Without automatic mixed precision products are in TF32."""
+    half = recipe.amp != "off"
+    size, dtype = (2, "fp16") if half else (4, "tf32")
+
+    def stage(label: str, *kernels: Kernel) -> Stage:
+        bounds: dict[str, float] = {}
+        for flops, moved in kernels:
+            busy = times(chip, pipes={}, dram_bytes=moved, flops=flops, dtype=dtype)
+            bound = max(busy, key=busy.__getitem__)
+            bounds[bound] = bounds.get(bound, 0.0) + busy[bound]
+        return Stage(label, sum(bounds.values()), max(bounds, key=bounds.__getitem__))
+
+    variant = recipe.variant
+    kernels = _kernels(variant, layers, count, size)
+    update = (SGD_UPDATE if recipe.trust is None else LARS_UPDATE) + (CAST if half else 0)
+    return (
+        # the window of the crop in each record, and the crop
+        stage("augment", (0.0, count * variant.in_channels * variant.crop**2 * (1 + size))),
+        *(stage(f"forward {label}", *kernels[label][0]) for label in kernels),
+        *(stage(f"backward {label}", *kernels[label][1]) for label in reversed(kernels)),
+        stage("update", (0.0, parameters * update)),
     )
 
 
 def modelled_as_measured(chip: Chip) -> float:
-    """Seconds of the step in `MEASURED` by the model: the paper's network in bf16, 128 pictures on one GPU, SGD, and
-    pictures that are ready."""
-    recipe = replace(RECIPES["paper"], amp="bf16", drop_last=True, cuda_graphs=True)
-    # without the chip's name, or it would ask for itself
-    found = _planned("paper", recipe, replace(chip, name=""), 1, IMAGENET, 1, 1000)
-    return found.step - found.part("augment")
+    """Seconds of the step behind `MEASURED` by the model."""
+    recipe = replace(RECIPES["paper"], amp="bf16")
+    layers = describe(recipe.variant).stages()
+    parameters = sum(layer.parameters for stage in layers.values() for layer in stage)
+    stages = _stages(recipe, layers, parameters, recipe.batch_size, chip)
+    return sum(stage.seconds for stage in stages if stage.name != "augment")
 
 
 Kernel = tuple[float, float]  # FLOP of its matrix product, and the bytes that it moves
@@ -264,27 +288,24 @@ def _elements(layer: Layer) -> int:
     return count
 
 
-def _memory(
-    variant: Variant, layers: dict[str, tuple[Layer, ...]], parameters: int, count: int, recipe: Recipe
-) -> dict[str, int]:
-    """Bytes on one GPU.  Activations: what autograd keeps, as `describe` measures it in fp32; codes are bytes."""
+def _memory(recipe: Recipe, layers: dict[str, tuple[Layer, ...]], parameters: int, count: int) -> dict[str, int]:
+    """Bytes on one GPU, but for the set.  What is kept for the backward pass: as `describe` measures it in fp32, half
+    of that in 16 bits but for the pooling's codes, which are bytes."""
     half = recipe.amp != "off"
-    kept = largest = 0
+    kept = 0
     for stage in layers.values():
         codes = sum(_elements(layer) for layer in stage if layer.name.startswith("pool"))
-        bytes_kept = sum(layer.fused_bytes or 0 for layer in stage)
-        kept += (bytes_kept - codes) // 2 + codes if half else bytes_kept
-        largest = max(largest, stage[0].neurons)
-    size = 2 if half else 4
+        measured = sum(layer.fused_bytes or 0 for layer in stage)
+        kept += (measured - codes) // 2 + codes if half else measured
+    size, largest = 2 if half else 4, max(stage[0].neurons for stage in layers.values())
     return {
         "weights": 4 * parameters,
-        "weights in 16 bits": 2 * parameters if half else 0,
+        **({"weights in 16 bits": 2 * parameters} if half else {}),
         "gradients": 4 * parameters,
         "momentum": 4 * parameters,
-        "pictures of a step": count * variant.in_channels * variant.crop**2 * size,
+        "pictures of a step": count * recipe.variant.in_channels * recipe.variant.crop**2 * size,
         "kept for backward": count * kept,
-        # of the largest layer, its output and the gradient for it exist for a moment
-        "at work": 2 * count * largest * size,
+        "largest layer's output and its gradient": 2 * count * largest * size,
     }
 
 
@@ -292,43 +313,37 @@ def report(found: Plan) -> str:
     """The plan as Markdown."""
     own = found.batch_size // found.gpus
     machines = "" if found.gpus <= MACHINE else f" in {-(-found.gpus // MACHINE)} machines"
-    gb = 1e9
-    memory = sum(found.memory.values())
+    together = found.used + (found.share if found.is_resident else 0)
+    share = "its share of the set" if found.is_resident else "its share of the set: does not fit, stays outside"
     lines = [
         f"Recipe {found.recipe}, variant {found.variant}, {found.pictures:,} pictures, {found.batch_size:,} a step, "
-        f"{found.dtype}; {found.gpus:,} x {found.chip}{machines}. Everything is modelled, from data sheets.",
+        f"{found.dtype}, {found.gpus:,} x {found.chip}{machines}. Modelled, from data sheets.",
         "",
-        "| memory of a GPU | GB |",
+        "| a GPU holds | GB |",
         "|---|---:|",
-        *(f"| {name} | {bytes_ / gb:.2f} |" for name, bytes_ in found.memory.items()),
-        f"| together, of {found.capacity / gb:.0f}: {'fits' if found.fits else 'does not fit'} | {memory / gb:.2f} |",
+        f"| {share} | {found.share / 1e9:.2f} |",
+        *(f"| {name} | {size / 1e9:.2f} |" for name, size in found.memory.items()),
+        f"| together, of {found.capacity / 1e9:.0f} | {together / 1e9:.2f} |",
         "",
         f"| a step, {own:,} pictures a GPU | ms | pictures a second and GPU | bound by |",
         "|---|---:|---:|---|",
         *(_row(stage, own) for stage in found.stages),
-    ]
-    if found.exchange:
-        lines.append(_row(replace(found.exchange, name="exchange of gradients, beside the backward pass"), own))
-    if found.host:
-        lines.append(_row(Stage("the host's calls, without a CUDA graph (measured at 128)", found.host, "host"), own))
-    lines += [
+        *(_row(replace(stage, name=f"beside: {stage.name}"), own) for stage in found.beside),
         _row(Stage("together", found.step, found.bound), own),
         "",
         "| the run | |",
         "|---|---:|",
-        f"| load the set, once; bound by {found.load.bound} | {_time(found.load.seconds)} |",
+        f"| load the set, once, bound by {found.load.bound} | {_time(found.load.seconds)} |",
         f"| pictures a second, all GPUs | {found.batch_size / found.step:,.0f} |",
-        f"| an epoch, with {VALIDATION:,} pictures for testing | {_time(found.epoch)} |",
+        f"| an epoch, and {VALIDATION:,} pictures for testing | {_time(found.epoch)} |",
         f"| {found.epochs} epochs and the load | {_time(found.total)} |",
     ]
-    if found.measured_over_model is not None:
-        ratio = found.measured_over_model
-        rest = found.load.seconds + ratio * (found.total - found.load.seconds)
-        lines.append(f"| the same, if every step takes {ratio:.2f} times its model | {_time(rest)} |")
+    if found.slower is not None and found.total_if_slower is not None:
+        lines.append(f"| if kernels take {found.slower:.2f} times their model | {_time(found.total_if_slower)} |")
         lines += [
             "",
-            f"The one step that was measured on this chip (paper, bf16, 128 pictures, one GPU) took {ratio:.2f} times "
-            "its model.",
+            f"{found.slower:.2f}: the step that was measured on an {found.chip} (paper, bf16, 128 pictures, "
+            f"{1e3 * MEASURED:.2f} ms) over its model.",
         ]
     return "\n".join(lines) + "\n"
 

@@ -45,9 +45,9 @@ ARCHITECTURES = {
 class Chip:
     """One product.
 
-    clock: GHz.  dram: TB/s.  matrix_fp16 (and bf16), matrix_tf32: TFLOP/s, dense, sums in fp32.  memory: GB.  link: GB/s
-    that it sends to the others of its machine while it receives as much: NVLink, Infinity Fabric, or PCI Express where
-    it has none.  host: GB/s from the machine's memory, over PCI Express with 16 lanes.
+    clock: GHz.  dram: TB/s.  matrix_fp16 (and bf16), matrix_tf32: TFLOP/s, dense, sums in fp32.  memory: GB.
+    link: GB/s that it sends to the others of its machine while it receives as much, over NVLink, Infinity Fabric, or
+    PCI Express where it has neither.  host: GB/s from the machine's memory, over PCI Express with 16 lanes.
     """
 
     name: str
