@@ -247,7 +247,7 @@ def _kernels(
     for name, stage in layers.items():
         first, outputs = stage[0], _elements(stage[-1])
         read, made, left = (count * size * n for n in (inputs, first.neurons, outputs))
-        product = (float(count * first.flops), read + size * first.parameters + made)
+        product: Kernel = (count * first.flops, read + size * first.parameters + made)
         forward, backward = [product], [product] * 2  # the gradients of the weight and of the input
         if name == "conv1":  # nobody needs the gradient of the pictures
             backward = [product]

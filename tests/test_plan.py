@@ -31,6 +31,7 @@ def test_the_tables_of_the_documentation():
     blocks = re.findall(r"<!-- plan (.*?) -->\n\n(.*?)\n\n<!-- end of plan -->", PAGE.read_text(), re.DOTALL)
     assert len(blocks) == 2
     for command, text in blocks:
+        assert f"```sh\nfastalex plan {command}\n```" in PAGE.read_text()
         words = dict(re.findall(r"--([a-z-]+) (\S+)", command))
         numbers = {name.replace("-", "_"): int(words.pop(name)) for name in ("gpus", "batch-size") if name in words}
         assert text + "\n" == report(plan(**words, **numbers))
@@ -118,6 +119,20 @@ def test_json_holds_everything(fast):
 def test_bad_arguments(arguments, message):
     with pytest.raises(ValueError, match=message):
         plan(**arguments)
+
+
+def test_the_command(tmp_path, capsys):
+    pytest.importorskip("tyro")
+    from fastalex import cli
+
+    cli.main(["plan", "--gpus", "2", "--batch-size", "512", "--json", str(tmp_path / "plan.json")])
+    assert "2 x H100" in capsys.readouterr().out
+    found = json.loads((tmp_path / "plan.json").read_text())
+    assert (found["gpus"], found["batch_size"], found["recipe"]) == (2, 512, "fast")
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["plan", "--chip", "V100"])
+    assert stopped.value.code == 2
+    assert "chip must be one of A100" in capsys.readouterr().err
 
 
 def test_every_chip_has_memory_and_links():

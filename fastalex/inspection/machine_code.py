@@ -223,8 +223,10 @@ def model_table(found: Iterable[Row]) -> Table:
 
 def chip_table() -> Table:
     """The constants of the model and their sources."""
-    columns = ("chip", "target", "SMs", "GHz", "DRAM TB/s", "fp16 TFLOP/s", "tf32 TFLOP/s")
-    columns += ("memory GB", "link GB/s", "host GB/s", "source")
+    columns = (
+        *("chip", "target", "SMs", "GHz", "DRAM TB/s", "fp16 TFLOP/s", "tf32 TFLOP/s"),
+        *("memory GB", "link GB/s", "host GB/s", "source"),
+    )
     return columns, [
         [
             chip.name, chip.target, str(chip.multiprocessors), str(chip.clock), str(chip.dram), f"{chip.matrix_fp16:g}",

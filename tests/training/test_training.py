@@ -4,11 +4,10 @@ import json
 import sys
 import time
 import types
-from dataclasses import replace
 
 import pytest
 import torch
-from small_runs import RECIPE, TINY, Pictures, changed, run, without_timings
+from small_runs import BATCH_NORM, RECIPE, TINY, Pictures, changed, run, without_timings
 
 from fastalex import AlexNet, alexnet, checkpoint
 from fastalex.checkpoint import MODEL, PREVIOUS_STATE, STATE
@@ -21,7 +20,6 @@ from fastalex.training import loop
 from fastalex.training.options import Options
 from fastalex.training.progress import METRICS, Callback
 from fastalex.training.recipes import RECIPES
-from fastalex.variants import BatchNorm
 
 pytest.importorskip("safetensors")
 
@@ -69,9 +67,6 @@ def test_checkpoint_rebuilds_the_model(finished):
         assert torch.equal(loaded.state_dict()[name], tensor), name
     scores = evaluate(loaded, Pictures())
     assert scores.top1 == pytest.approx(history[-1]["top1"])
-
-
-BATCH_NORM = replace(TINY, convs=tuple(replace(conv, norm=BatchNorm(1e-4)) for conv in TINY.convs), pool_first=True)
 
 
 @pytest.mark.parametrize(
