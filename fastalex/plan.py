@@ -24,8 +24,8 @@ NETWORK = 50.0  # GB/s from each GPU to other machines: 400 Gbit/s, data sheet
 
 # DRAM bytes that an update moves for each parameter, counted from the tensors that it reads and writes.
 # The bf16 copy of a weight is 4 read and 2 written, bf16 gradients to fp32 2 and 4; SGD, fused, reads weight, gradient
-# and momentum and writes the first and the last; LARS takes two norms, adds the decay, scales, and updates unfused.
-CAST, SGD_UPDATE, LARS_UPDATE = 12, 20, 8 + 12 + 8 + 32
+# and momentum and writes the first and the last; LARS takes the norms of weight and gradient before that.
+CAST, SGD_UPDATE, LARS_UPDATE = 12, 20, 8 + 20
 
 # The step of an H100 that was measured, replayed from a CUDA graph and called without one (benchmarks/results,
 # 2026-11-26): the paper's network in bf16, 128 pictures that are ready, SGD.

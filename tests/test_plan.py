@@ -64,7 +64,7 @@ def test_a_layer_by_hand(fast, alone):
     # two products backward, and: gradient and codes to gradient; batch normalisation reads two twice and writes one
     passes = pooled + pooled / 2 + map_bytes + 5 * pooled
     assert seconds["backward conv2"] == pytest.approx(1024 * (2 * product + passes / 3.35e12), rel=1e-6)
-    assert seconds["update"] == pytest.approx(60_965_224 * 72 / 3.35e12)
+    assert seconds["update"] == pytest.approx(60_965_224 * 40 / 3.35e12)
     assert dict((s.name, s.bound) for s in alone.stages)["forward fc7"] == "DRAM"  # 64 pictures, 16.8 million weights
 
 
