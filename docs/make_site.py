@@ -71,7 +71,7 @@ MODULES = (
     Module("fastalex.functional"),
     Module("fastalex.nn", ("ConvReLU2d", "LocalResponseNorm", "MaxPool2d", "LRNMaxPool2d", "LinearReLUDropout")),
     Module("fastalex.optim"),
-    Module("fastalex.variants", ("Variant", "Conv", "VARIANTS", "find_variant")),
+    Module("fastalex.variants", ("Variant", "Conv", "BatchNorm", "VARIANTS", "find_variant")),
     Module("fastalex.backend", ("HAS_TRITON", "MODES", "current", "use", "refusal")),
     Module("fastalex.choices", ("explain", "operator_calls")),
     Module("fastalex.dynamo"),

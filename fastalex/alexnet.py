@@ -25,7 +25,7 @@ from fastalex.nn import (
     convolution_of,
     is_traced,
 )
-from fastalex.variants import VARIANTS, Conv, Variant, VariantName, find_variant
+from fastalex.variants import VARIANTS, BatchNorm, Conv, Variant, VariantName, find_variant
 
 
 class Features(nn.Sequential):
@@ -332,15 +332,15 @@ def _stage(variant: Variant, conv: Conv, channels: int) -> list[nn.Module]:
     ]
     if relu_first:
         modules.append(nn.Identity())
-    if conv.norm and conv.pool and not variant.pool_first:
-        modules.append(
-            LRNMaxPool2d(*conv.norm[:4], conv.pool, conv.pool_stride, groups=conv.norm.groups, after_relu=relu_first)
-        )
+    lrn = conv.lrn
+    if lrn and conv.pool and not variant.pool_first:
+        modules.append(LRNMaxPool2d(*lrn[:4], conv.pool, conv.pool_stride, groups=lrn.groups, after_relu=relu_first))
     else:
-        if conv.pool:
-            modules.append(MaxPool2d(conv.pool, conv.pool_stride))
-        if conv.norm:
-            modules.append(LocalResponseNorm(*conv.norm[:4], groups=conv.norm.groups))
+        pool = [MaxPool2d(conv.pool, conv.pool_stride)] if conv.pool else []
+        norm: list[nn.Module] = [LocalResponseNorm(*lrn[:4], groups=lrn.groups)] if lrn else []
+        if isinstance(conv.norm, BatchNorm):
+            norm = [nn.BatchNorm2d(conv.channels, *conv.norm, affine=False)]
+        modules += [*pool, *norm] if variant.pool_first else [*norm, *pool]
     if not relu_first:
         modules.append(nn.ReLU())
     return modules
@@ -363,14 +363,14 @@ def _classifier_modules(variant: Variant, num_classes: int, dropout: float) -> l
 
 
 def parameter_shapes(variant: Variant, num_classes: int) -> dict[str, torch.Size]:
-    """The shapes of a variant's parameters by their names, found without memory for them."""
+    """The shapes of a variant's state_dict by its names, found without memory for them."""
     with torch.device("meta"):
         model = AlexNet(num_classes, variant=replace(variant, init="torch"))
     return {name: value.shape for name, value in model.state_dict().items()}
 
 
 def fitting_variants(state: Mapping[str, Tensor]) -> list[str]:
-    """The names of the variants whose parameters have these names and shapes, whatever the number of classes."""
+    """The names of the variants whose state_dict has these names and shapes, whatever the number of classes."""
     found = {key: value.shape for key, value in state.items() if isinstance(value, Tensor)}
     classes = (found.get("classifier.6.weight") or (1000,))[0]
     return [name for name, variant in VARIANTS.items() if parameter_shapes(variant, classes) == found]

@@ -73,7 +73,7 @@ def demo(out: Path = DEMO_MODEL.parent, epochs: int = 24, device: str | None = N
 def train(
     data: Path | None = None,
     recipe: Literal["photos", "fine-tune", "demo", "paper", "caffe", "torchvision", "fast"] | None = None,
-    variant: Literal["demo", "paper", "code2012", "torchvision", "bvlc_alexnet", "caffenet"] | None = None,
+    variant: Literal["demo", "paper", "code2012", "torchvision", "bvlc_alexnet", "caffenet", "bn"] | None = None,
     init: str | None = None,
     freeze: Literal["nothing", "features", "backbone"] | None = None,
     backbone_lr: float | None = None,
@@ -299,7 +299,7 @@ def inspect(
 
 
 def describe(
-    variant: Literal["demo", "paper", "code2012", "torchvision", "bvlc_alexnet", "caffenet"] = "paper",
+    variant: Literal["demo", "paper", "code2012", "torchvision", "bvlc_alexnet", "caffenet", "bn"] = "paper",
     classes: int = 1000,
     json: Path | None = None,
     chart: Path | None = None,
@@ -315,6 +315,37 @@ def describe(
     from fastalex.visualize.describe import show
 
     show(variant, classes, json_file=json, chart=chart)
+
+
+def plan(
+    gpus: int = 8,
+    chip: str = "H100",
+    recipe: Literal["demo", "paper", "caffe", "torchvision", "fast"] = "fast",
+    variant: Literal["paper", "code2012", "torchvision", "bvlc_alexnet", "caffenet", "bn"] | None = None,
+    batch_size: int | None = None,
+    epochs: int | None = None,
+    set_size: int = 1_281_167,
+    json: Path | None = None,
+) -> None:
+    """Say what training would need and how long it would take on GPUs that need not be there: a model, no measurement.
+
+    Memory, the time of each part of a step, loading, the exchange of gradients, time to the last epoch, and what bounds
+    it. `fastalex inspect --chips` and docs/scaling.md have the constants and their sources.
+
+    Args:
+        gpus: How many, in machines of 8.
+        chip: A100, A10, RTX 4090, H100, H200, B200, RTX 5090 or MI300X.
+        recipe: As for `fastalex train`.
+        variant: Which AlexNet, by default the recipe's.
+        batch_size: Pictures per step, on all GPUs together; by default the recipe's.
+        epochs: Passes over the pictures; by default the recipe's.
+        set_size: Training pictures, of 256x256; by default ImageNet's.
+        json: File for the same numbers as JSON, in bytes and seconds.
+    """
+    from fastalex.visualize.plan import show
+
+    changes = {"variant": variant, "batch_size": batch_size, "epochs": epochs}
+    show(recipe, gpus=gpus, chip=chip, pictures=set_size, json_file=json, **changes)
 
 
 def pack(
@@ -362,7 +393,7 @@ def check() -> None:
 
 
 def tune(
-    variant: tuple[Literal["paper", "code2012", "torchvision", "bvlc_alexnet", "caffenet"], ...] = ("paper",),
+    variant: tuple[Literal["paper", "code2012", "torchvision", "bvlc_alexnet", "caffenet", "bn"], ...] = ("paper",),
     batch_size: tuple[int, ...] = (128,),
     dtype: tuple[Literal["fp16", "bf16", "fp32"], ...] = ("fp16",),
     inference: bool = False,
@@ -590,6 +621,7 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "inspect": inspect,
     "bench": bench,
     "describe": describe,
+    "plan": plan,
     "visualize": group(
         "Draw what a model has learnt, as PNG files and pages that open offline.",
         {"filters": visualize_filters, "activations": visualize_activations, "similar": visualize_similar},

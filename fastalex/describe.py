@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from fastalex.alexnet import AlexNet
-from fastalex.variants import Variant, find_variant
+from fastalex.variants import BatchNorm, Variant, find_variant
 
 
 @dataclass(frozen=True)
@@ -117,8 +117,10 @@ def _torch_layers(variant: Variant, classes: int) -> list[tuple[str, nn.Module]]
             channels, conv.channels, conv.kernel_size, conv.stride, conv.padding, groups=conv.groups
         )
         after: list[tuple[str, nn.Module]] = []
-        if conv.norm:
-            after.append((f"norm{number}", TorchNorm(*conv.norm)))
+        if conv.lrn:
+            after.append((f"norm{number}", TorchNorm(*conv.lrn)))
+        elif isinstance(conv.norm, BatchNorm):
+            after.append((f"norm{number}", nn.BatchNorm2d(conv.channels, *conv.norm, affine=False)))
         if conv.pool:
             after.append((f"pool{number}", nn.MaxPool2d(conv.pool, conv.pool_stride)))
         if variant.pool_first:
@@ -171,12 +173,13 @@ def _fused_stages(variant: Variant, classes: int) -> list[tuple[str, nn.Module]]
 def _kept(stages: Sequence[tuple[str, nn.Module]], size: tuple[int, int, int]) -> tuple[dict[str, int], list[Tensor]]:
     """The bytes that autograd keeps for each stage, in training, and the stages' outputs.
 
-    A tensor counts once, for the stage that made it, or else for the one that kept it; parameters and the picture do
-    not count.
+    A tensor counts once, for the stage that made it, or else for the one that kept it; parameters, running statistics
+    and the picture do not count.
     """
     picture = x = torch.randn(1, *size)
     kept: dict[int, tuple[str, int]] = {}
-    ignored = {_storage(tensor) for _, stage in stages for tensor in stage.parameters()} | {_storage(picture)}
+    own = [tensor for _, stage in stages for tensor in (*stage.parameters(), *stage.buffers())]
+    ignored = {_storage(tensor) for tensor in own} | {_storage(picture)}
     makers: dict[int, str] = {}
     alive, outputs = [picture], []
 

@@ -1,4 +1,4 @@
-"""What an AlexNet is made of, as data: the five variants of the network, and the means to write others.
+"""What an AlexNet is made of, as data: the six variants of the network, and the means to write others.
 
 They differ in wiring, normalisation, padding and initialisation, not in code: a frozen `Variant` says what is built,
 and `fastalex.alexnet.AlexNet` builds it.  Narrower networks for smaller images are other instances of `Variant`.
@@ -7,14 +7,21 @@ and `fastalex.alexnet.AlexNet` builds it.  Narrower networks for smaller images 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, Literal
+from dataclasses import dataclass, replace
+from typing import Any, Literal, NamedTuple
 
 from fastalex import fields
 from fastalex.functional import ResponseNorm
 
 # height and width of pictures, as `fastalex pack` has it
 LARGEST = 4096
+
+
+class BatchNorm(NamedTuple):
+    """nn.BatchNorm2d (Ioffe and Szegedy 2015) without weight and bias; `momentum` is torch's, of running statistics."""
+
+    eps: float = 1e-5
+    momentum: float = 0.1
 
 
 @dataclass(frozen=True)
@@ -26,7 +33,7 @@ class Conv:
     stride: int = 1
     padding: int = 0
     groups: int = 1
-    norm: ResponseNorm | None = None
+    norm: ResponseNorm | BatchNorm | None = None
     pool: int | None = None  # the window; its stride is `pool_stride`
     pool_stride: int = 2
     std: float = 0.01  # of the initial weights
@@ -39,9 +46,14 @@ class Conv:
         fields.whole("padding", self.padding, 0, self.kernel_size)
         if self.pool is not None:
             fields.whole("pool", self.pool)
-        if self.norm is not None:
+        if isinstance(self.norm, BatchNorm):
+            fields.number("norm.eps", self.norm.eps, 0)
+            fields.number("norm.momentum", self.norm.momentum, 0)
+            if self.norm.momentum > 1:
+                raise ValueError(f"norm.momentum must be at most 1, got {self.norm.momentum}")
+        elif self.norm is not None:
             if not isinstance(self.norm, tuple) or len(self.norm) != len(ResponseNorm._fields):
-                raise ValueError(f"norm must be a ResponseNorm or None, got {self.norm!r}")
+                raise ValueError(f"norm must be a ResponseNorm, a BatchNorm or None, got {self.norm!r}")
             size, *numbers, groups = self.norm
             fields.whole("norm.size", size)
             fields.whole("norm.groups", groups)
@@ -51,6 +63,11 @@ class Conv:
         fields.number("bias", self.bias)
         if self.channels % self.groups:
             raise ValueError(f"groups must divide the {self.channels} channels, got {self.groups}")
+
+    @property
+    def lrn(self) -> ResponseNorm | None:
+        """`norm`, if that is LRN."""
+        return None if isinstance(self.norm, BatchNorm) else self.norm
 
 
 @dataclass(frozen=True)
@@ -112,7 +129,9 @@ class Variant:
             norm = conv["norm"]
             if norm is not None:
                 norm = fields.listed(f"variant.convs[{i}].norm", norm)
-                conv["norm"] = ResponseNorm(*norm) if len(norm) == len(ResponseNorm._fields) else norm
+                # JSON keeps no names: the two differ in their length
+                kinds = {len(kind._fields): kind for kind in (ResponseNorm, BatchNorm)}
+                conv["norm"] = kinds[len(norm)](*norm) if len(norm) in kinds else norm
             try:
                 convs.append(Conv(**conv))
             except ValueError as error:
@@ -181,10 +200,24 @@ CAFFENET = Variant(
     hidden_std=0.005,
     hidden_bias=1.0,
 )
-VARIANTS: Mapping[str, Variant] = {v.name: v for v in (PAPER, CODE2012, TORCHVISION, BVLC_ALEXNET, CAFFENET)}
+# AlexNet with batch normalisation in the place of LRN, for large batches: what the solvers for 8K, 16K and 32K pictures
+# of You, Gitman and Ginsburg (2017) train (borisgin/nvcaffe, models/alexnet_bn/train_val2.prototxt).  Normalised is
+# what the next convolution reads, behind the pooling, without scale and shift; conv5 has none behind it.
+BN = Variant(
+    "bn",
+    tuple(
+        replace(conv, norm=BatchNorm(1e-4, 0.1) if number < 5 else None, bias=0.01)
+        for number, conv in enumerate(BVLC_ALEXNET.convs, 1)
+    ),
+    crop=227,
+    pool_first=True,
+    hidden_std=0.005,
+    hidden_bias=0.1,
+)
+VARIANTS: Mapping[str, Variant] = {v.name: v for v in (PAPER, CODE2012, TORCHVISION, BVLC_ALEXNET, CAFFENET, BN)}
 
 
-VariantName = Literal["paper", "code2012", "torchvision", "bvlc_alexnet", "caffenet"]
+VariantName = Literal["paper", "code2012", "torchvision", "bvlc_alexnet", "caffenet", "bn"]
 
 
 def find_variant(variant: str | Variant) -> Variant:

@@ -11,7 +11,7 @@ from fastalex.functional import ResponseNorm
 from fastalex.training import loop
 from fastalex.training.options import Options
 from fastalex.training.recipes import Recipe
-from fastalex.variants import Conv, Variant
+from fastalex.variants import BatchNorm, Conv, Variant
 
 TINY = Variant(
     "tiny",
@@ -24,6 +24,7 @@ TINY = Variant(
     hidden_std=0.2,
     features_size=3,
 )
+BATCH_NORM = replace(TINY, convs=tuple(replace(conv, norm=BatchNorm(1e-4)) for conv in TINY.convs), pool_first=True)
 RECIPE = Recipe(TINY, epochs=3, batch_size=20, lr=0.05, schedule="one-cycle", dropout=0.2)
 
 

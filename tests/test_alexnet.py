@@ -11,7 +11,7 @@ from torch import nn
 
 import fastalex
 from fastalex.functional import ResponseNorm
-from fastalex.variants import TORCHVISION, VARIANTS, Conv, Variant
+from fastalex.variants import TORCHVISION, VARIANTS, BatchNorm, Conv, Variant
 
 PARAMETERS = {
     "paper": 60_965_224,
@@ -19,6 +19,7 @@ PARAMETERS = {
     "torchvision": 61_100_840,
     "bvlc_alexnet": 60_965_224,
     "caffenet": 60_965_224,
+    "bn": 60_965_224,
 }
 
 
@@ -33,6 +34,7 @@ def by_hand(model, x):
         "bvlc_alexnet": (1e-4, 1.0, 1),
         "caffenet": (1e-4, 1.0, 1),
         "torchvision": (0.0, 1.0, 1),
+        "bn": (0.0, 1.0, 1),
     }[variant.name.removeprefix("narrow ")]
 
     def norm(t):
@@ -45,7 +47,15 @@ def by_hand(model, x):
         x = F.pad(x, (0, 3, 0, 3))
     for i, conv in enumerate(convs):
         x = F.conv2d(x, conv.weight, conv.bias, conv.stride, conv.padding, 1, conv.groups)
-        if i in (2, 3):
+        if name == "bn" and i < 4:
+            x = F.max_pool2d(F.relu(x), 3, 2) if i < 2 else F.relu(x)
+            batch_norm = [m for m in model.features if isinstance(m, nn.BatchNorm2d)][i]
+            if model.training:
+                mean, var = x.mean((0, 2, 3), keepdim=True), x.var((0, 2, 3), keepdim=True, correction=0)
+            else:
+                mean, var = (t[:, None, None] for t in (batch_norm.running_mean, batch_norm.running_var))
+            x = (x - mean) / (var + 1e-4).sqrt()
+        elif i in (2, 3):
             x = F.relu(x)
         elif i == 4:
             x = F.max_pool2d(F.relu(x), 3, 2)
@@ -503,3 +513,58 @@ def test_every_triton_candidate_runs_the_model(name, algorithm):
     bound = 2.0**-24 * 9216 / 4
     for a, b in zip((output, *grads), (expected, *expected_grads), strict=True):
         torch.testing.assert_close(a.double(), b, rtol=0, atol=bound * b.abs().max().item())
+
+
+# ---- batch normalisation
+
+
+def test_batch_normalisation_in_training():
+    """By the batch's own statistics, in float64; the running ones move a tenth of the way."""
+    model = fastalex.AlexNet(4, 0.0, variant=narrow("bn")).double()
+    x = torch.randn(3, 3, 227, 227, dtype=torch.float64).requires_grad_()
+    output = model(x)
+    parameters = [x, *model.parameters()]
+    expected = by_hand(model, x)
+    torch.testing.assert_close(output, expected, rtol=1e-9, atol=1e-9 * expected.abs().max().item())
+    grads, wanted = (torch.autograd.grad(y.square().sum(), parameters) for y in (output, expected))
+    for grad, want in zip(grads, wanted, strict=True):
+        torch.testing.assert_close(grad, want, rtol=1e-8, atol=1e-10 * want.abs().max().item())
+    first = F.max_pool2d(F.relu(F.conv2d(x, model.features[0].weight, model.features[0].bias, 4)), 3, 2)
+    norm = model.features[3]
+    torch.testing.assert_close(norm.running_mean, 0.1 * first.mean((0, 2, 3)))
+    torch.testing.assert_close(norm.running_var, 0.9 + 0.1 * first.var((0, 2, 3)))
+    assert model.features.training
+    assert not list(norm.parameters())
+
+
+def test_convolutions_before_batch_normalisation_are_fused():
+    model = fastalex.AlexNet(4, variant=narrow("bn"))
+    calls = [name for name, _ in fastalex.choices.operator_calls(model, torch.randn(2, 3, 227, 227))]
+    assert calls[:5] == ["conv2d_relu_pool", "conv2d_relu_pool", "conv2d_relu", "conv2d_relu", "conv2d_relu_pool"]
+
+
+def test_sync_batch_norm_takes_the_place_and_the_weights():
+    """As PyTorch converts any model for processes whose own batches are too small; it runs on GPUs only."""
+    model = fastalex.AlexNet(4, variant=narrow("bn"))
+    expected = {name: value.clone() for name, value in model.state_dict().items()}
+    converted = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    assert sum(isinstance(module, nn.SyncBatchNorm) for module in converted.modules()) == 4
+    assert converted.state_dict().keys() == expected.keys()
+    x = torch.randn(1, 3, 227, 227)  # in evaluation nothing is synchronised
+    plain = fastalex.AlexNet(4, variant=narrow("bn"))
+    plain.load_state_dict(converted.state_dict())
+    with torch.no_grad():
+        assert torch.equal(plain.eval()(x), converted.eval()(x))
+
+
+@pytest.mark.parametrize(
+    ("norm", "message"),
+    [
+        (BatchNorm(eps=-1.0), "norm.eps must be a finite number of at least 0, got -1.0"),
+        (BatchNorm(momentum=2.0), "norm.momentum must be at most 1, got 2.0"),
+        ((1e-4, 0.1), "norm must be a ResponseNorm, a BatchNorm or None, got"),
+    ],
+)
+def test_wrong_batch_norms(norm, message):
+    with pytest.raises(ValueError, match=message):
+        Conv(8, 3, norm=norm)

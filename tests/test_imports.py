@@ -33,7 +33,7 @@ LAYERS = (
     ("fastalex.checkpoint",),
     ("fastalex.evaluation",),
     ("fastalex.training",),
-    ("fastalex.inspection", "fastalex.results"),
+    ("fastalex.inspection", "fastalex.results", "fastalex.plan"),
     ("fastalex.check",),
     ("fastalex.gpu.tuning",),
     ("fastalex.visualize",),

@@ -9,15 +9,16 @@ from torch import nn
 
 from fastalex.alexnet import AlexNet
 from fastalex.nn import LinearReLUDropout
+from fastalex.variants import BatchNorm
 
 
 def eager_twin(model: AlexNet) -> nn.Sequential:
-    """The same network out of torch.nn's modules, with copies of the parameters, on the same device.
+    """The same network out of torch.nn's modules, with copies of parameters and buffers, on the same device.
 
     Raises ValueError for a variant with normalisation inside channel groups, which torch.nn has not got.
     """
     variant, dropout = model.variant, max(m.p for m in model.modules() if isinstance(m, nn.Dropout | LinearReLUDropout))
-    if any(conv.norm is not None and conv.norm.groups != 1 for conv in variant.convs):
+    if any(conv.lrn is not None and conv.lrn.groups != 1 for conv in variant.convs):
         raise ValueError(f"torch.nn has no normalisation inside channel groups, as variant {variant.name} needs")
     layers: list[nn.Module] = [nn.ZeroPad2d((0, variant.pad_end, 0, variant.pad_end))] if variant.pad_end else []
     channels = variant.in_channels
@@ -27,7 +28,9 @@ def eager_twin(model: AlexNet) -> nn.Sequential:
             layers.append(
                 nn.Conv2d(channels, conv.channels, conv.kernel_size, conv.stride, conv.padding, groups=conv.groups)
             )
-            norm = [nn.LocalResponseNorm(*conv.norm[:4])] if conv.norm else []
+            norm: list[nn.Module] = [nn.LocalResponseNorm(*conv.lrn[:4])] if conv.lrn else []
+            if isinstance(conv.norm, BatchNorm):
+                norm = [nn.BatchNorm2d(conv.channels, *conv.norm, affine=False)]
             pool = [nn.MaxPool2d(conv.pool, conv.pool_stride)] if conv.pool else []
             after = [*pool, *norm] if variant.pool_first else [*norm, *pool]
             relu = nn.ReLU(inplace=True)
@@ -43,6 +46,7 @@ def eager_twin(model: AlexNet) -> nn.Sequential:
             after_relu = [nn.ReLU(inplace=True), *([] if variant.dropout_first else [drop])] if hidden else []
             layers += [*before, nn.Linear(inputs, outputs), *after_relu]
     twin = nn.Sequential(*layers).to(example.dtype)
-    for ours, theirs in zip(model.parameters(), twin.parameters(), strict=True):
-        theirs.data.copy_(ours.data)
+    for tensors in (nn.Module.parameters, nn.Module.buffers):
+        for ours, theirs in zip(tensors(model), tensors(twin), strict=True):
+            theirs.data.copy_(ours.data)
     return twin.to(memory_format=torch.channels_last)

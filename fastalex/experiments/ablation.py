@@ -226,7 +226,28 @@ def table(found: list[Finding], settings: Settings) -> str:
         lines.append(
             f"| {about.name} | {plus_minus(error)} | {plus_minus(gain, '+')} | {plus_minus(gain_top5, '+')} | {paper} |"
         )
-    return "\n".join(lines) + "\n"
+    return "\n".join([*lines, "", conclusion(found)]) + "\n"
+
+
+def conclusion(found: list[Finding]) -> str:
+    """What the runs say, in sentences: which gains are shown, and which so many seeds could not have shown."""
+    gains = [(CHANGES[finding.change], finding.gain) for finding in found if finding.gain is not None]
+    if any(not math.isfinite(gain.half_width) for _, gain in gains):
+        return "Nothing is shown: one seed has no interval."
+    lists = {
+        "Shown to help": [about.name for about, gain in gains if gain.mean > 0 and not gain.covers(0)],
+        "shown to cost accuracy": [about.name for about, gain in gains if gain.mean < 0 and not gain.covers(0)],
+        "not shown": [about.name for about, gain in gains if gain.covers(0)],
+    }
+    sentences = ["; ".join(f"{kind}: {', '.join(names) or 'nothing'}" for kind, names in lists.items()) + "."]
+    blind = [
+        f"{about.name} ({about.paper[0]} in the paper, ± {gain.half_width:.2f} here)"
+        for about, gain in gains
+        if about.paper and gain.half_width > about.paper[0]
+    ]
+    if blind:
+        sentences.append(f"Too few seeds to see gains as small as the paper's: {', '.join(blind)}.")
+    return " ".join(sentences)
 
 
 def plus_minus(value: Interval, sign: str = "") -> str:

@@ -276,7 +276,24 @@ def table(found: list[Finding], settings: Settings) -> str:
         else:
             times = "unknown" if at_least is None else f"more than {at_least:.1f}"
         lines.append(f"| {unit} | {rate:g} | {needed} | {'1' if unit == 'relu' else times} | {paper[unit]} |")
-    return "\n".join(lines) + "\n"
+    return "\n".join([*lines, "", conclusion(found)]) + "\n"
+
+
+def conclusion(found: list[Finding]) -> str:
+    """What the runs say about tanh, in a sentence."""
+    [tanh] = [finding for finding in found if finding.unit == "tanh"]
+    if tanh.ratio is None:
+        if tanh.at_least is not None and tanh.at_least > 1:
+            return f"Shown: ReLU was faster than tanh, more than {tanh.at_least:.1f} times."
+        return "Nothing is shown about tanh: runs gave up; --threshold or --iterations can be larger."
+    ratio, low, high = tanh.ratio
+    if not math.isfinite(high):
+        return "Nothing is shown about tanh: one seed has no interval."
+    if low > 1:
+        return f"Shown: ReLU was faster than tanh, {ratio:.2f} times."
+    if high < 1:
+        return f"Shown: tanh was faster than ReLU, {1 / ratio:.2f} times."
+    return "No difference between ReLU and tanh is shown: the interval of the ratio contains 1."
 
 
 def with_interval(mean: float, half_width: float) -> str:

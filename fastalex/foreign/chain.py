@@ -135,8 +135,7 @@ def _layers_of(variant: Variant) -> Iterator[tuple[str, dict[str, float]]]:
         yield CONVOLUTION, settings | {"groups": conv.groups}
         yield RELU, {}
         after: list[tuple[str, dict[str, float]]] = []
-        if conv.norm:
-            norm = conv.norm
+        if norm := conv.lrn:
             after.append((LRN, {"size": norm.size, "alpha": norm.alpha, "beta": norm.beta, "k": norm.k}))
         if conv.pool:
             after.append((MAX_POOL, {"kernel_size": conv.pool, "stride": conv.pool_stride, "padding": 0}))

@@ -489,7 +489,7 @@ def entries_of(variant):
     out = images(variant) if relu_first else []
     for conv, call in zip(variant.convs, convolutions(variant), strict=True):
         wiring = {"pool": bool(conv.pool), "relu_first": relu_first, "pool_first": variant.pool_first}
-        out += stage(variant.name, call.layer, conv.channels, call.out_side, norm=tuple(conv.norm or ()), **wiring)
+        out += stage(variant.name, call.layer, conv.channels, call.out_side, norm=tuple(conv.lrn or ()), **wiring)
     dropouts = (0.5, 0.0 if variant.dropout_first else 0.5)
     for layer, features, dropout in zip(("fc6", "fc7"), variant.hidden, dropouts, strict=True):
         out += hidden(variant.name, layer, features, dropout)

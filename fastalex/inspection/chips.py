@@ -43,7 +43,12 @@ ARCHITECTURES = {
 
 @dataclass(frozen=True)
 class Chip:
-    """One product.  clock: GHz.  dram: TB/s.  matrix_fp16 (and bf16), matrix_tf32: TFLOP/s, dense, sums in fp32."""
+    """One product.
+
+    clock: GHz.  dram: TB/s.  matrix_fp16 (and bf16), matrix_tf32: TFLOP/s, dense, sums in fp32.  memory: GB.
+    link: GB/s that it sends to the others of its machine while it receives as much, over NVLink, Infinity Fabric, or
+    PCI Express where it has neither.  host: GB/s from the machine's memory, over PCI Express with 16 lanes.
+    """
 
     name: str
     target: str
@@ -53,15 +58,33 @@ class Chip:
     matrix_fp16: float
     matrix_tf32: float
     source: str
+    memory: float
+    link: float
+    host: float
 
+
+# PCI Express with 16 lanes, one direction: 16 or 32 GT/s a lane, 128 of 130 bits of data
+PCIE_4, PCIE_5 = 31.5, 63.0
 
 CHIPS = (
-    Chip("A100", "sm_80", 108, 1.41, 2.039, 312, 156, "NVIDIA A100 datasheet, SXM 80 GB"),
-    Chip("A10", "sm_86", 72, 1.695, 0.6, 125, 62.5, "NVIDIA A10 datasheet"),
-    Chip("RTX 4090", "sm_89", 128, 2.52, 1.008, 165.2, 82.6, "NVIDIA Ada architecture whitepaper, appendix A"),
-    Chip("H100", "sm_90", 132, 1.83, 3.35, 989.4, 494.7, "NVIDIA H100 datasheet, SXM"),
-    Chip("H200", "sm_90", 132, 1.83, 4.8, 989.4, 494.7, "NVIDIA H200 datasheet, SXM"),
-    Chip("B200", "sm_100", 148, 1.86, 8.0, 2250, 1125, "NVIDIA HGX B200 datasheet, per GPU"),
+    Chip("A100", "sm_80", 108, 1.41, 2.039, 312, 156, "NVIDIA A100 datasheet, SXM 80 GB", 80, 300, PCIE_4),
+    Chip("A10", "sm_86", 72, 1.695, 0.6, 125, 62.5, "NVIDIA A10 datasheet", 24, PCIE_4, PCIE_4),
+    Chip(
+        "RTX 4090",
+        "sm_89",
+        128,
+        2.52,
+        1.008,
+        165.2,
+        82.6,
+        "NVIDIA Ada architecture whitepaper, appendix A",
+        24,
+        PCIE_4,
+        PCIE_4,
+    ),
+    Chip("H100", "sm_90", 132, 1.83, 3.35, 989.4, 494.7, "NVIDIA H100 datasheet, SXM", 80, 450, PCIE_5),
+    Chip("H200", "sm_90", 132, 1.83, 4.8, 989.4, 494.7, "NVIDIA H200 datasheet, SXM", 141, 450, PCIE_5),
+    Chip("B200", "sm_100", 148, 1.86, 8.0, 2250, 1125, "NVIDIA HGX B200 datasheet, per GPU", 180, 900, PCIE_5),
     Chip(
         "RTX 5090",
         "sm_120",
@@ -71,9 +94,20 @@ CHIPS = (
         209.5,
         104.8,
         "NVIDIA RTX Blackwell architecture whitepaper, appendix A",
+        32,
+        PCIE_5,
+        PCIE_5,
     ),
-    Chip("MI300X", "gfx942", 304, 2.1, 5.3, 1307.4, 653.7, "AMD Instinct MI300X datasheet"),
+    Chip("MI300X", "gfx942", 304, 2.1, 5.3, 1307.4, 653.7, "AMD Instinct MI300X datasheet", 192, 448, PCIE_5),
 )
+
+
+def find_chip(name: str) -> Chip:
+    """The chip of this name, in any case.  Raises ValueError for one whose constants are not here."""
+    for chip in CHIPS:
+        if chip.name.lower() == name.lower():
+            return chip
+    raise ValueError(f"chip must be one of {', '.join(chip.name for chip in CHIPS)}, got {name!r}")
 
 
 def resident_warps(target: str, *, registers: int, shared: int, warps: int) -> int | None:

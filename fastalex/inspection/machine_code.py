@@ -223,11 +223,14 @@ def model_table(found: Iterable[Row]) -> Table:
 
 def chip_table() -> Table:
     """The constants of the model and their sources."""
-    columns = ("chip", "target", "SMs", "GHz", "DRAM TB/s", "fp16 TFLOP/s", "tf32 TFLOP/s", "source")
+    columns = (
+        *("chip", "target", "SMs", "GHz", "DRAM TB/s", "fp16 TFLOP/s", "tf32 TFLOP/s"),
+        *("memory GB", "link GB/s", "host GB/s", "source"),
+    )
     return columns, [
         [
             chip.name, chip.target, str(chip.multiprocessors), str(chip.clock), str(chip.dram), f"{chip.matrix_fp16:g}",
-            f"{chip.matrix_tf32:g}", chip.source,
+            f"{chip.matrix_tf32:g}", f"{chip.memory:g}", f"{chip.link:g}", f"{chip.host:g}", chip.source,
         ]
         for chip in CHIPS
     ]  # fmt: skip

@@ -30,7 +30,7 @@ from fastalex.files import write_whole
 from fastalex.training.health import Health, Watch, check_health
 from fastalex.training.optimizer import lr_at, make_optimizer, set_lr
 from fastalex.training.options import Options
-from fastalex.training.prepare import AMP_DTYPES, prepare
+from fastalex.training.prepare import AMP_DTYPES, prepare, train_mode
 from fastalex.training.progress import Callback, Epoch, MetricsLog, peak_memory
 from fastalex.training.recipes import Recipe
 from fastalex.training.settings import SETTINGS
@@ -111,6 +111,7 @@ class Run:
         while len(history) < self.recipe.epochs:
             try:
                 self.train_epoch()
+                self.state.share_buffers()
                 # with one process nothing changes during evaluation
                 with self.stopping.at_once(), Watch(self.model) as watch:
                     scores = evaluate(self.model, self.data)
@@ -136,7 +137,7 @@ class Run:
         own = slice(self.rank * self.options.accumulate, (self.rank + 1) * self.options.accumulate)
         shares = [share for b in batches[done:] for share in distributed.equal_shares(b, self.micro_batches)[own]]
         self.callback.epoch_begins(epoch + 1, sum(map(len, batches[:done])))
-        self.model.train()
+        train_mode(self.model, self.recipe)
         self.mark = time.perf_counter()
         micro_batches = iter(self.data.batches("train", [indices for indices, _ in shares]))
         indexed = iter(shares)

@@ -28,6 +28,8 @@ def lr_at(recipe: Recipe, step: int, steps_per_epoch: int, errors: Sequence[floa
         return recipe.lr / 10 ** (step // (recipe.step_epochs * steps_per_epoch))
     if recipe.schedule == "cosine":
         return half_cosine(recipe.lr, 0.0, (step - warmup) / (total - warmup))
+    if recipe.schedule == "poly":
+        return recipe.lr * (1 - (step - warmup) / (total - warmup)) ** 2
     # as torch.optim.lr_scheduler.OneCycleLR with pct_start=0.25 and its default factors
     start, peak, last = recipe.lr / 25, 0.25 * total - 1, total - 1
     if step < peak:

@@ -69,6 +69,13 @@ def build_model(
     return model.to(device).to(memory_format=torch.channels_last)
 
 
+def train_mode(model: AlexNet, recipe: Recipe) -> None:
+    """Training mode, but for frozen convolutions, whose running statistics would go on moving in it."""
+    model.train()
+    if recipe.freeze != "nothing":
+        model.features.eval()
+
+
 def prepare(
     model: AlexNet, preprocessing: Preprocessing, recipe: Recipe, options: Options, device: torch.device
 ) -> nn.Module:
@@ -97,9 +104,13 @@ def prepare(
         crop, amp = preprocessing.crop, AMP_DTYPES[recipe.amp]
         shape = (recipe.batch_size // distributed.size(), preprocessing.channels, crop, crop)
         sample = torch.empty(shape, dtype=amp, device=device, memory_format=torch.channels_last).zero_()
-        model.train()
+        train_mode(model, recipe)
+        # the passes that warm up for the capture would leave running statistics of an empty sample
+        kept = [buffer.clone() for buffer in model.buffers()]
         with torch.autocast(device.type, amp, enabled=amp is not None, cache_enabled=False):
             forward = cast(nn.Module, torch.cuda.make_graphed_callables(model, (sample,)))
+        for buffer, value in zip(model.buffers(), kept, strict=True):
+            buffer.copy_(value)
     if distributed.size() > 1:
         forward = nn.parallel.DistributedDataParallel(
             forward, [device] if device.type == "cuda" else None, gradient_as_bucket_view=True

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from fastalex import fields
 from fastalex.functional import ResponseNorm
-from fastalex.variants import BVLC_ALEXNET, PAPER, TORCHVISION, Conv, Variant
+from fastalex.variants import BN, BVLC_ALEXNET, PAPER, TORCHVISION, Conv, Variant
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,8 @@ class Recipe:
     "plateau" divides the rate by 10 when the test error has not improved for `patience` epochs, three times at most
     (the 2012 paper, where the authors did so by hand); "step" divides it by 10 every `step_epochs`; "one-cycle" rises
     to `lr` over the first quarter of all steps and falls to almost nothing (Smith and Topin 2017); "cosine" falls to
-    nothing along half a cosine.  Whatever the schedule, the first `warmup_epochs` rise to it linearly.
+    nothing along half a cosine, "poly" along a parabola (You et al. 2017).  Whatever the schedule, the first
+    `warmup_epochs` rise to it linearly.
 
     batch_size: pictures per step, of all processes together.
     bias_lr, bias_decay: the rate of biases, relative to that of weights, and whether they decay.
@@ -42,7 +43,7 @@ class Recipe:
     epochs: int
     batch_size: int
     lr: float
-    schedule: Literal["plateau", "step", "one-cycle", "cosine"]
+    schedule: Literal["plateau", "step", "one-cycle", "cosine", "poly"]
     momentum: float = 0.9
     weight_decay: float = 5e-4
     dropout: float = 0.5
@@ -205,18 +206,20 @@ TORCHVISION_RECIPE = Recipe(
     TORCHVISION, epochs=90, batch_size=256, lr=0.01, schedule="step", step_epochs=30, weight_decay=1e-4
 )
 
-# Large batches for many GPUs, after You, Gitman and Ginsburg 2017 (arXiv:1708.03888: AlexNet with batches up to 8K).
-# `lr` is relative to `trust`: each layer's step is at most lr * trust = 0.8 % of its weights' norm, before momentum.
+# Large batches for many GPUs: the solvers of You, Gitman and Ginsburg 2017 (arXiv:1708.03888, borisgin/nvcaffe,
+# models/alexnet_bn/solver_{8K,16k,32k}.prototxt): 100 epochs, lr (1 - share)^2, and with 8,192 pictures a step lr 10,
+# with 16,384 lr 24, with 32,768 lr 32, after 4, 5 and 10 epochs of warm-up.  `lr` is relative to `trust`: a layer's
+# step is at most lr * trust = 1 % of its weights' norm, before momentum.  Theirs decays biases and gives each a factor
+# of its own; here they do not decay, as in Jia et al. 2018 (arXiv:1807.11205).
 FAST_RECIPE = Recipe(
-    PAPER,
-    epochs=90,
-    batch_size=4096,
-    lr=8.0,
-    schedule="cosine",
+    BN,
+    epochs=100,
+    batch_size=8192,
+    lr=10.0,
+    schedule="poly",
     warmup_epochs=5,
     bias_decay=False,
     trust=0.001,
-    colours=True,
     drop_last=True,
     cuda_graphs=True,
     amp="bf16",

@@ -94,6 +94,11 @@ class State:
             )
         self._saved_step = self.step
 
+    def share_buffers(self) -> None:
+        """Gives every process rank 0's running statistics, as DistributedDataParallel does before each step."""
+        for buffer in self._buffers().values():
+            distributed.copy_from_rank_0(buffer)
+
     def save_model(self) -> None:
         """Write model.safetensors, as `save`."""
         weights = self._whole_weights()
@@ -109,7 +114,7 @@ class State:
 
     def _whole_weights(self) -> dict[str, Tensor]:
         """The model's, of one process; every process must ask.  Raises FloatingPointError if they are ruined."""
-        weights = {name: whole(p.detach()) for name, p in self._parameters().items()}
+        weights = {name: whole(tensor.detach()) for name, tensor in (self._parameters() | self._buffers()).items()}
         # an infinite gradient ruins them a step before the loss shows it
         if not all(bool(torch.isfinite(w).all()) for w in weights.values()):
             raise self._diverged()
@@ -143,6 +148,8 @@ class State:
         weights, momentum_buffers = state.pop("weights", {}), state.pop("velocity", {})
         state = distributed.from_rank_0(state)
         with torch.no_grad():
+            for name, buffer in self._buffers().items():
+                fill_from_rank_0(buffer, weights.get(name))
             for name, parameter in self._parameters().items():
                 fill_from_rank_0(parameter, weights.get(name))
                 if state["step"] > 0 and parameter.requires_grad:
@@ -175,6 +182,10 @@ class State:
     def _parameters(self) -> dict[str, nn.Parameter]:
         """By the names that they have in an AlexNet of one process."""
         return {name.replace("features.module.", "features."): p for name, p in self._model.named_parameters()}
+
+    def _buffers(self) -> dict[str, Tensor]:
+        """Batch normalisation's running statistics, by their names."""
+        return {name.replace("features.module.", "features."): b for name, b in self._model.named_buffers()}
 
     def _plain_recipe(self) -> dict[str, Any]:
         """The recipe in the plain types that torch.load(weights_only=True) accepts."""

@@ -23,7 +23,7 @@ def layer_names(model: AlexNet) -> dict[str, str]:
             kind = "conv"
         elif isinstance(module, LRNMaxPool2d | MaxPool2d):
             kind = "pool"
-        elif isinstance(module, nn.LocalResponseNorm):
+        elif isinstance(module, nn.LocalResponseNorm | nn.BatchNorm2d):
             kind = "norm"
         elif isinstance(module, nn.ReLU):
             kind = "relu"

@@ -143,6 +143,30 @@ def test_conclusions():
     assert "| tanh | 0.1 | 500 ± 3,812 | 2.83 (" in text
     assert "1 of 2 runs not within 600 | more than 3.5" in text
     assert text.count("\n|") == 2 + 3
+    assert text.endswith("\n\nNo difference between ReLU and tanh is shown: the interval of the ratio contains 1.\n")
+
+
+def test_what_is_said_about_tanh():
+    def said(relu, tanh):
+        return relu_vs_tanh.conclusion(relu_vs_tanh.findings(made_up(relu, tanh, tanh), SETTINGS))
+
+    assert said([100, 101], [300, 303]) == "Shown: ReLU was faster than tanh, 3.00 times."
+    assert said([300, 303], [100, 101]) == "Shown: tanh was faster than ReLU, 3.00 times."
+    assert said([100, 100], [None, 400]) == "Shown: ReLU was faster than tanh, more than 4.9 times."
+    assert said([None, 100], [200, 400]).startswith("Nothing is shown about tanh: runs gave up")
+
+
+def test_what_is_said_about_ingredients():
+    gains = {"no LRN": (0.5, 1.6), "pooling 2x2": (0.5, 0.2), "one tower": (-3.0, 1.0)}
+    found = [
+        ablation.Finding(change, runs.Interval(20, 1), None if change == ablation.EVERYTHING else gain, gain)
+        for change in ablation.CHANGES
+        for gain in [runs.Interval(*gains.get(change, (0.0, 1.0)))]
+    ]
+    said = ablation.conclusion(found)
+    assert said.startswith("Shown to help: overlapping pooling (3x3, not 2x2); shown to cost accuracy: second tower (")
+    assert "; not shown: LRN, separate towers (groups in conv2, 4, 5), dropout, random crops and mirroring." in said
+    assert said.endswith("as small as the paper's: LRN (1.4 in the paper, ± 1.60 here).")
 
 
 def test_nothing_is_concluded_where_relu_gave_up():

@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 
 import torch
-from small_runs import Pictures, changed, run
+from small_runs import BATCH_NORM, Pictures, changed, run
 
 from fastalex import distributed
 from fastalex.training.progress import Callback
@@ -37,6 +37,14 @@ class Terminated(Callback):
 def train(folder, **options):
     # 61 pictures: the last batch of an epoch has one, and leaves the other processes' shares empty
     return run(folder, changed(**options.pop("recipe", {})), data=Pictures(61), wide=True, **options)
+
+
+def train_with_batch_norm(folder):
+    """Whatever each process saw of the last batch, all have rank 0's running statistics in the end."""
+    model, _ = run(folder, changed(variant=BATCH_NORM, epochs=1), data=Pictures(60), wide=True)
+    for name, buffer in model.named_buffers():
+        whole = distributed.sum_over_processes(buffer.double().clone())
+        assert torch.allclose(whole, distributed.size() * buffer.double(), rtol=1e-12), name
 
 
 def processes(size, work):
@@ -86,6 +94,7 @@ def main(root, size):
     train(root / "hybrid-fewer", accumulate=size, resume=True, **exact)
     print(*processes(size, lambda rank: train(root / "hybrid-more", callback=Terminated(rank), **exact)))
     print(*processes(size, lambda rank: train(root / "hybrid-more", resume=True, **hybrid)))
+    print(*processes(size, lambda rank: train_with_batch_norm(root / "normalised")))
 
 
 if __name__ == "__main__":

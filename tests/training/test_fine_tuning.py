@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from small_runs import RECIPE, TINY, Pictures, changed, without_timings
+from small_runs import BATCH_NORM, RECIPE, TINY, Pictures, changed, without_timings
 
 pytest.importorskip("safetensors")
 
@@ -92,6 +92,16 @@ def test_what_is_frozen_neither_learns_nor_costs(freeze, frozen, before, tmp_pat
         assert (parameter.grad is None) == still
         assert (name in velocity) != still
         assert (name in weights and torch.equal(parameter, weights[name])) == still, name
+
+
+def test_statistics_of_frozen_layers_stay(tmp_path):
+    model = AlexNet(4, variant=BATCH_NORM)
+    save_model(tmp_path / MODEL, model, ModelCard(BATCH_NORM, Pictures.classes, LOOKS))
+    for freeze in ("features", "nothing"):
+        initial = load_initial(str(tmp_path))
+        learnt, _ = tuned(tmp_path / freeze, initial, variant=BATCH_NORM, freeze=freeze, epochs=1)
+        before, after = (dict(m.named_buffers()) for m in (model, learnt))
+        assert all(torch.equal(before[name], after[name]) == (freeze == "features") for name in before)
 
 
 def test_two_rates():

@@ -84,6 +84,21 @@ def test_every_recipe_names_the_published_numbers():
         assert recipe.epochs == 90
 
 
+def test_fast_is_the_8k_solver_of_you_et_al():
+    """solver_8K.prototxt: base_lr 10, 15,600 steps for 100 epochs, lr (1 - share)^2 after the warm-up, momentum 0.9."""
+    recipe = RECIPES["fast"]
+    assert (recipe.variant.name, recipe.batch_size, recipe.trust, recipe.weight_decay) == ("bn", 8192, 0.001, 5e-4)
+    per_epoch = recipe.steps_per_epoch(1_281_167)
+    assert recipe.epochs * per_epoch == 15_600
+    found = rates(recipe, per_epoch)
+    warm = 5 * per_epoch
+    assert found[:warm] == pytest.approx([10 * (i + 1) / warm for i in range(warm)])
+    assert found[warm] == 10
+    assert found[warm + (15_600 - warm) // 2] == pytest.approx(10 / 4, rel=1e-3)
+    assert all(before > after for before, after in pairwise(found[warm:]))
+    assert found[-1] < 1e-6
+
+
 def two_layers():
     """A weight and a bias, twice; in float64."""
     torch.manual_seed(3)

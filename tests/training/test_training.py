@@ -7,7 +7,7 @@ import types
 
 import pytest
 import torch
-from small_runs import RECIPE, Pictures, changed, run, without_timings
+from small_runs import BATCH_NORM, RECIPE, TINY, Pictures, changed, run, without_timings
 
 from fastalex import AlexNet, alexnet, checkpoint
 from fastalex.checkpoint import MODEL, PREVIOUS_STATE, STATE
@@ -69,10 +69,15 @@ def test_checkpoint_rebuilds_the_model(finished):
     assert scores.top1 == pytest.approx(history[-1]["top1"])
 
 
-@pytest.mark.parametrize(("schedule", "amp"), [("plateau", "off"), ("step", "fp16"), ("cosine", "bf16")])
-def test_resumed_run_ends_with_the_same_weights(tmp_path, schedule, amp):
-    """Also where the state has the scale of fp16's loss in it, which the first steps halve."""
-    recipe = changed(schedule=schedule, amp=amp, warmup_epochs=0.5, patience=1, step_epochs=1, lr_in_velocity=True)
+@pytest.mark.parametrize(
+    ("schedule", "amp", "variant"),
+    [("plateau", "off", TINY), ("step", "fp16", TINY), ("cosine", "bf16", TINY), ("poly", "off", BATCH_NORM)],
+)
+def test_resumed_run_ends_with_the_same_weights(tmp_path, schedule, amp, variant):
+    """Also where the state has the scale of fp16's loss in it, which the first steps halve; running statistics too."""
+    recipe = changed(
+        variant=variant, schedule=schedule, amp=amp, warmup_epochs=0.5, patience=1, step_epochs=1, lr_in_velocity=True
+    )
     whole, history = run(tmp_path / "whole", recipe)
     with pytest.raises(Stop):
         run(tmp_path / "stopped", recipe, save_steps=1, callback=StopAfter(6))
@@ -81,6 +86,12 @@ def test_resumed_run_ends_with_the_same_weights(tmp_path, schedule, amp):
     for name, tensor in whole.state_dict().items():
         assert torch.equal(resumed.state_dict()[name], tensor), name
     assert without_timings(history) == without_timings(resumed_history)
+    loaded, _ = checkpoint.load_model(tmp_path / "whole" / MODEL)
+    assert all(torch.equal(tensor, whole.state_dict()[name]) for name, tensor in loaded.state_dict().items())
+    norms = [module for module in whole.modules() if isinstance(module, torch.nn.BatchNorm2d)]
+    assert [norm.num_batches_tracked.item() for norm in norms] == ([12, 12] if variant is BATCH_NORM else [])
+    if norms:  # and in plain alexnet(), where a count of batches is no weight
+        assert torch.equal(alexnet(tmp_path / "whole" / MODEL).features[3].running_mean, norms[0].running_mean)
 
 
 def test_it_learns(tmp_path):

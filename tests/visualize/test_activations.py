@@ -15,6 +15,7 @@ NAMES = {
     "bvlc_alexnet": NORMALISED,
     "torchvision": NORMALISED,
     "caffenet": ["conv1", "pool1", "norm1", "conv2", "pool2", "norm2", *NORMALISED[4:]],
+    "bn": ["conv1", "pool1", "norm1", "conv2", "pool2", "norm2", "conv3", "norm3", "conv4", "norm4", *NORMALISED[6:]],
     "code2012": ["conv1", "pool1", "relu1", "conv2", "pool2", "relu2", *NORMALISED[4:8], "relu5", *NORMALISED[8:]],
 }
 
