@@ -57,21 +57,21 @@ def plateaus(errors: Sequence[float], patience: int) -> int:
 
 def make_optimizer(model: nn.Module, recipe: Recipe) -> SGD:
     """The parameters that learn, in groups that are treated alike; `set_lr` knows them."""
-    *_, last = layers_of(model)
+    head = {id(parameter) for parameter in layers_of(model)[-1]} if recipe.backbone_lr != 1 else set()
     alike: dict[tuple[bool, bool, bool], list[nn.Parameter]] = {}
     for parameter in model.parameters():
         if parameter.requires_grad:
             # PyTorch updates a group at once, which it cannot do when some are spread over processes and some are whole
-            of = (parameter.dim() == 1, isinstance(parameter, DTensor), any(parameter is own for own in last))
+            of = (parameter.dim() == 1, isinstance(parameter, DTensor), id(parameter) in head)
             alike.setdefault(of, []).append(parameter)
     groups: list[dict[str, Any]] = [
         {
             "params": parameters,
             "weight_decay": recipe.weight_decay if recipe.bias_decay or not bias else 0.0,
-            "relative_lr": (recipe.bias_lr if bias else 1.0) * (1.0 if head else recipe.backbone_lr),
+            "relative_lr": (recipe.bias_lr if bias else 1.0) * (1.0 if is_head else recipe.backbone_lr),
             **({"fused": False, "foreach": False} if spread else {}),
         }
-        for (bias, spread, head), parameters in alike.items()
+        for (bias, spread, is_head), parameters in alike.items()
     ]
     if recipe.trust is not None:
         return LARS(groups, recipe.lr, recipe.momentum, trust=recipe.trust, layers=layers_of(model))

@@ -72,9 +72,9 @@ class State:
         self.check_loss(loss)
         weights = self._whole_weights()
         momentum_buffers = {
-            name: whole(self._optimizer.state[p]["momentum_buffer"])
+            name: whole(state["momentum_buffer"])
             for name, p in self._parameters().items()
-            if p in self._optimizer.state
+            if (state := self._optimizer.state.get(p))  # none where the layer is frozen, or no step was taken
         }
         if distributed.rank() == 0:
             save_state(

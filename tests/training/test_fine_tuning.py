@@ -108,13 +108,14 @@ def test_two_rates():
     """And the biases' own beside them; LARS leaves out what is frozen."""
     recipe = changed(backbone_lr=0.1, bias_lr=2.0)
     model = build_model(recipe, Others.classes, "cpu")
-    rates = {
-        id(p): group["relative_lr"] for group in make_optimizer(model, recipe).param_groups for p in group["params"]
-    }
+    groups = make_optimizer(model, recipe).param_groups
+    rates = {id(p): group["relative_lr"] for group in groups for p in group["params"]}
     for name, parameter in model.named_parameters():
         own = 2.0 if name.endswith("bias") else 1.0
         assert rates[id(parameter)] == pytest.approx(own * (1.0 if name.startswith(HEAD) else 0.1)), name
     assert len(rates) == len(list(model.parameters()))
+    assert len(groups) == 4
+    assert len(make_optimizer(model, changed()).param_groups) == 2  # each is a launch of its own
     lars = changed(trust=0.01, freeze="backbone")
     assert make_optimizer(build_model(lars, Others.classes, "cpu"), lars).layers[0][0].shape == (5, 8)
 
