@@ -88,6 +88,7 @@ def train(
     parallel: Literal["data", "hybrid"] | None = None,
     deterministic: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False,
     device: str | None = None,
+    keep: Literal["auto", "on-device", "in-memory", "nothing"] | None = None,
     workers: int | None = None,
     on_error: Literal["stop", "skip"] | None = None,
     seed: int | None = None,
@@ -129,6 +130,8 @@ def train(
             connected layers.
         deterministic: Take only algorithms that give the same bits in every run, slower on a GPU.
         device: cpu, cuda, cuda:1, ...; by default a GPU if there is one.
+        keep: Where the pictures lie: "on-device" and "in-memory" load them once, "nothing" reads them in every epoch;
+            "auto", the default, keeps the sample, and on a GPU a packed set that fits.
         workers: Processes that read pictures from --data, 0 for none; by default one per core, 8 at most.
         on_error: What a damaged picture in a folder does: "stop" ends with its path, "skip" reads every picture once
             before it starts, leaves out what cannot be read, and lists it; by default "stop".

@@ -83,6 +83,20 @@ def equal_shares(indices: Tensor, number: int) -> list[tuple[Tensor, int]]:
     return [(torch.cat([part, indices[:1].expand(size - len(part))]), len(part)) for part in parts]
 
 
+def dealt(order: Tensor, shares: int, batch_size: int) -> Tensor:
+    """An order in which part j of each batch, as `equal_shares` cuts it, comes from share j of the given one.
+
+    Every batch takes as many from each share, in the share's order, and the last what is left.
+    Raises ValueError where a batch cannot be cut into as many equal parts.
+    """
+    if batch_size % shares:
+        raise ValueError(f"batch_size must be a multiple of the number of shares, {shares}, got {batch_size}")
+    size = batch_size // shares
+    cut = [share.split(size) for share in order.tensor_split(shares)]
+    steps = -(-len(order) // batch_size)
+    return torch.cat([parts[step] for step in range(steps) for parts in cut if step < len(parts)]) if steps else order
+
+
 def rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
 

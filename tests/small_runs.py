@@ -63,13 +63,13 @@ class Wide(AlexNet):
         return super().forward(input.double())
 
 
-def run(folder, recipe=RECIPE, *, data=None, wide=False, **options):
+def run(folder, recipe=RECIPE, *, data=None, wide=False, device="cpu", **options):
     """(model, lines of metrics.jsonl) of a run; `options` are those of `loop.train` and of `Options`."""
     mine = {name: options.pop(name) for name in ("resume", "callback") if name in options}
     data = data or Pictures()
     torch.manual_seed(recipe.seed)
     model = (Wide if wide else AlexNet)(len(data.classes), recipe.dropout, variant=recipe.variant)
-    model = model.double() if wide else model
+    model = (model.double() if wide else model).to(device)
     return model, loop.train(model, data, recipe, folder, options=Options(**options), **mine)
 
 

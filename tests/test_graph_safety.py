@@ -16,6 +16,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastalex
 from fastalex import functional as F
+from fastalex.data.augmentation import augment
+from fastalex.data.preprocessing import Preprocessing
 from fastalex.gpu import dispatch
 from fastalex.ops import common
 
@@ -123,6 +125,18 @@ def test_no_host_reads_in_a_model(launches):
             output = functional_call(model.train(training), weights, (torch.empty(IMAGES, **options),))
             assert output.device == DEVICE
     assert set(launches) == {DEVICE}
+
+
+def test_no_host_reads_in_augmentation(launches, monkeypatch):
+    """Of pictures that lie on the device, by slots that lie there too."""
+    looks = Preprocessing.for_photos(3, 24)
+    with FakeTensorMode(), StaysOnTheDevice():
+        pictures = torch.empty(40, 32, 32, 3, dtype=torch.uint8, device=DEVICE).permute(0, 3, 1, 2)
+        indices, seed, labels = (torch.empty(n, dtype=torch.int64, device=DEVICE) for n in (5, 1, 40))
+        monkeypatch.setattr(common, "call", lambda op, *args: op.plain(*args))
+        found = augment(pictures, indices, seed, looks, dtype=torch.float16, slots=indices, labels=labels)
+        assert [tuple(tensor.shape) for tensor in found] == [(5, 3, 24, 24), (5,)]
+    assert launches == [DEVICE]
 
 
 def test_no_host_reads_in_lpips(launches, monkeypatch):

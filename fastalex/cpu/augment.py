@@ -45,6 +45,37 @@ def draw(index: Tensor, seed: Tensor, height: int, width: int, size: int) -> Dra
     return Draws(choice // 2 % crops, choice // (2 * crops), choice % 2 == 1, normals)
 
 
+def inside(slots: Tensor, pictures: int) -> list[int]:
+    """The slots as numbers.  Raises IndexError for one that is no picture's."""
+    places: list[int] = slots.tolist()
+    outside = [slot for slot in places if not 0 <= slot < pictures]
+    if outside:
+        raise IndexError(f"slots must lie in [0, {pictures}), got {outside[0]}")
+    return places
+
+
+def crops(
+    x: Tensor,
+    corners: list[tuple[int, int, bool]],
+    size: int,
+    mean: list[float],
+    std: list[float],
+    *,
+    dtype: torch.dtype = torch.float32,
+    slots: Tensor | None = None,
+) -> Tensor:
+    """As fastalex.kernels.augment.crops, where the arguments are described and checked; any number of channels."""
+    if slots is not None:
+        inside(slots, len(x))
+        x = x.permute(0, 2, 3, 1)[slots].permute(0, 3, 1, 2)
+    parts = [x[..., top : top + size, left : left + size] for top, left, _ in corners]
+    cut = torch.cat([part.flip(-1) if mirrored else part for part, (*_, mirrored) in zip(parts, corners, strict=True)])
+    of_channels = [torch.tensor(values, device=x.device).view(-1, 1, 1) for values in (mean, std)]
+    return (
+        ((cut.float() / 255 - of_channels[0]) / of_channels[1]).to(dtype).contiguous(memory_format=torch.channels_last)
+    )
+
+
 def augment(
     x: Tensor,
     index: Tensor,
@@ -57,9 +88,15 @@ def augment(
     block: int = 1,
     padding: tuple[tuple[int, int], tuple[int, int]] = ((0, 0), (0, 0)),
     dtype: torch.dtype = torch.float32,
-) -> Tensor:
-    """As fastalex.kernels.augment.augment, where the arguments are described and checked; float64 besides."""
-    batch, _, height, width = x.shape
+    slots: Tensor | None = None,
+    labels: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """As fastalex.kernels.augment.augment, where the arguments are described and checked; float64 besides.
+
+    A slot outside of the set raises IndexError.
+    """
+    height, width = x.shape[2:]
+    batch = len(index)
     draws = draw(index, seed, height, width, size)
     compute = torch.float64 if dtype == torch.float64 else torch.float32
     deviation = torch.tensor(std, dtype=compute, device=x.device)
@@ -70,13 +107,15 @@ def augment(
     (above, below), (before, behind) = padding
     rows, columns = (size + above + below) // block, (size + before + behind) // block
     y = torch.empty((batch, rows, columns, 3 * block * block), dtype=dtype, device=x.device)
-    corners = zip(draws.top.tolist(), draws.left.tolist(), draws.mirrored.tolist(), strict=True)
-    for i, (top, left, mirrored) in enumerate(corners):
-        crop = x[i, :, top : top + size, left : left + size].permute(1, 2, 0)
+    places = range(batch) if slots is None else inside(slots, len(x))
+    corners = zip(places, draws.top.tolist(), draws.left.tolist(), draws.mirrored.tolist(), strict=True)
+    for i, (slot, top, left, mirrored) in enumerate(corners):
+        crop = x[slot, :, top : top + size, left : left + size].permute(1, 2, 0)
         crop = (crop.flip(1) if mirrored else crop).reshape(size, 3 * size).to(compute)
         crop = torch.addcmul(shift[i], crop, scale).view(size, size, 3)
         if block > 1:
             crop = torch.nn.functional.pad(crop, (0, 0, before, behind, above, below))
             crop = crop.view(rows, block, columns, 3 * block).transpose(1, 2)
         y[i].view(crop.shape).copy_(crop)
-    return y.permute(0, 3, 1, 2)
+    taken = torch.empty(0, dtype=torch.int64, device=x.device) if labels is None else labels[slots]
+    return y.permute(0, 3, 1, 2), taken

@@ -22,6 +22,7 @@ import json
 import math
 import mmap
 import os
+import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -201,6 +202,61 @@ class PackedSet:
                 yield pending.popleft().result()
         finally:
             pool.shutdown(cancel_futures=True)
+
+    def mapped(self, split: str) -> tuple[Tensor, Tensor, Tensor | None]:
+        """The file as a tensor, uint8 (slots, 3, size, size) in channels_last, which nobody may write to.
+
+        And int64 labels (slots,), -1 where there is no picture, and the slots of the pictures, None where none is
+        missing.
+        """
+        images, _, slots, labels = self._splits[split]
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+            pictures = torch.from_numpy(images).permute(0, 3, 1, 2)
+        by_slot = torch.full((len(images),), -1, dtype=torch.int64)
+        by_slot[slots] = labels
+        return pictures, by_slot, None if len(slots) == len(images) else slots
+
+    def load(self, split: str, target: Tensor, first: int, *, progress: Callable[[int], None]) -> None:
+        """Fill uint8 (n, size, size, 3), on any device, with n pictures from number `first` on.
+
+        progress: told of bytes that are done.  Raises ValueError, naming the place, for a wrong checksum.
+        """
+        self._each_chunk(split, first, first + len(target), target, progress)
+
+    def check(self, split: str, first: int, last: int, *, progress: Callable[[int], None]) -> None:
+        """Read these pictures and compare the checksums, as `load`."""
+        self._each_chunk(split, first, last, None, progress)
+
+    def _each_chunk(
+        self, split: str, first: int, last: int, target: Tensor | None, progress: Callable[[int], None]
+    ) -> None:
+        images, described = self._splits[split].images, self._meta["splits"][split]
+        slots, size = self._splits[split].slots[first:last].numpy(), self._meta["chunk"]
+        if not len(slots):
+            return
+
+        def one(start: int) -> int:
+            chunk = images[start : start + size]
+            if hashlib.sha256(chunk.data).hexdigest() != described["sha256"][start // size]:
+                where = f"{split}.images, pictures {start} to {start + len(chunk) - 1}"
+                raise ValueError(f"{self.root} is damaged: {where}")
+            begin, end = np.searchsorted(slots, (start, start + size))
+            if target is not None:
+                # a copy from pinned memory runs beside the next chunk, and PyTorch keeps that memory until it is over
+                staged = torch.empty((end - begin, *chunk.shape[1:]), dtype=torch.uint8, pin_memory=target.is_cuda)
+                np.take(chunk, slots[begin:end] - start, axis=0, out=staged.numpy(), mode="clip")
+                target[begin:end].copy_(staged, non_blocking=True)
+            return int(end - begin) * chunk[0].nbytes
+
+        starts = range(int(slots[0]) // size * size, int(slots[-1]) + 1, size)
+        with ThreadPoolExecutor(self._threads, thread_name_prefix="packed") as pool:
+            try:
+                for done in pool.map(one, starts):
+                    progress(done)
+            except BaseException:
+                pool.shutdown(cancel_futures=True)
+                raise
 
     def _read(self, split: str, chosen: Tensor) -> tuple[Tensor, Tensor]:
         images, _, slots, labels = self._splits[split]

@@ -75,8 +75,11 @@ class Preprocessing:
 
     def normalise(self, images: Tensor) -> Tensor:
         """uint8 (N, C, H, W) in [0, 255] -> float32, (x / 255 - mean) / std."""
-        mean = torch.tensor(self.mean, device=images.device).view(-1, 1, 1)
-        std = torch.tensor(self.std, device=images.device).view(-1, 1, 1)
+        # filled on the device: a copy from the host could not be captured in a CUDA graph
+        mean, std = (
+            torch.stack([torch.full((1, 1), value, device=images.device) for value in values])
+            for values in (self.mean, self.std)
+        )
         return (images.float() / 255 - mean) / std
 
     def for_training(self, images: Tensor) -> Tensor:
@@ -91,8 +94,8 @@ class Preprocessing:
 def random_crop(images: Tensor, size: int) -> Tensor:
     """A square of `size` pixels from each picture, each at a place of its own: (N, C, H, W) -> (N, C, size, size)."""
     count, _, height, width = images.shape
-    top = torch.randint(height - size + 1, (count,)).to(images.device)
-    left = torch.randint(width - size + 1, (count,)).to(images.device)
+    top = torch.randint(height - size + 1, (count,), device=images.device)
+    left = torch.randint(width - size + 1, (count,), device=images.device)
     # unfold is a view of every possible crop, so that only the chosen ones are copied
     crops = images.unfold(2, size, 1).unfold(3, size, 1)
     return crops[torch.arange(count, device=images.device), :, top, left]
@@ -100,8 +103,8 @@ def random_crop(images: Tensor, size: int) -> Tensor:
 
 def random_flip(images: Tensor) -> Tensor:
     """Each picture of (N, C, H, W) mirrored left to right with probability 1/2."""
-    mirrored = torch.rand(len(images), 1, 1, 1) < 0.5
-    return torch.where(mirrored.to(images.device), images.flip(-1), images)
+    mirrored = torch.rand(len(images), 1, 1, 1, device=images.device) < 0.5
+    return torch.where(mirrored, images.flip(-1), images)
 
 
 def centre_crop(images: Tensor, size: int) -> Tensor:

@@ -9,8 +9,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastalex import distributed
+from fastalex.data.augmentation import centre, cropped, moved, ten_corners
 from fastalex.data.image_sets import ImageSet
 from fastalex.data.preprocessing import Preprocessing
+from fastalex.data.resident import Resident
 
 
 class Scores(NamedTuple):
@@ -48,18 +50,29 @@ def evaluate(
     device = next(model.parameters()).device
     count, size = data.count(split), distributed.size()
     pictures = max(1, batch_size // 10) if ten_crop else batch_size
-    batches = torch.arange(count).split(pictures * size)
+    # each process takes neighbours: they are what it holds of a set in shares
+    batches = distributed.dealt(torch.arange(count), size, pictures * size).split(pictures * size)
     mine = [distributed.equal_shares(batch, size)[distributed.rank()] for batch in batches]
     sums = torch.zeros(3, dtype=torch.float64, device=device)
-    for (images, labels), (_, counting) in zip(
-        data.batches(split, [indices for indices, _ in mine]), mine, strict=True
-    ):
-        images, labels = images.to(device), labels[:counting].to(device)
+    held = data.held[split] if isinstance(data, Resident) and data.device.type == device.type else None
+    loaded = iter(data.batches(split, [] if held is not None else [indices for indices, _ in mine]))
+    for indices, counting in mine:
+        slots = None
+        if held is not None:
+            # what fills a share up must be here, too
+            here = indices.clamp(held.here.start, held.here.stop - 1)
+            slots = held.slots_of(moved(here, device))
+            images, labels = held.images, held.labels[slots]
+        else:
+            images, labels = (tensor.to(device) for tensor in next(loaded))
+        labels = labels[:counting]
         if ten_crop:
-            mean = ten_crop_probabilities(model, images, data.preprocessing)[:counting]
+            mean = ten_crop_probabilities(model, images, data.preprocessing, slots=slots)[:counting]
             scores = mean.clamp_min(torch.finfo(mean.dtype).tiny).log()
         else:
-            scores = model(data.preprocessing.for_evaluation(images)).float()[:counting].log_softmax(1)
+            corners = centre(images.shape, data.preprocessing.crop)
+            inputs = cropped(images, corners, data.preprocessing, slots=slots)
+            scores = model(inputs).float()[:counting].log_softmax(1)
         sums[0] += F.nll_loss(scores, labels, reduction="sum")
         sums[1] += in_top(scores, labels, 1).sum()
         sums[2] += in_top(scores, labels, 5).sum()
@@ -72,15 +85,14 @@ def evaluate(
 
 
 @torch.inference_mode()
-def ten_crop_probabilities(model: nn.Module, images: Tensor, preprocessing: Preprocessing) -> Tensor:
+def ten_crop_probabilities(
+    model: nn.Module, images: Tensor, preprocessing: Preprocessing, *, slots: Tensor | None = None
+) -> Tensor:
     """Class probabilities averaged over ten crops of each image, all in one call of the model.
 
     The four corners, the centre, and their mirror images (Krizhevsky et al. 2012, section 4.1, who average the
     softmax, not the logits).  images: uint8 (N, C, H, W), at least `preprocessing.crop` high and wide, on the model's
-    device.  Returns float32 (N, classes).
+    device; slots: those of a set that are meant, as in `augment`.  Returns float32 (N, classes).
     """
-    from torchvision.transforms.v2.functional import ten_crop
-
-    crops = torch.stack(ten_crop(images, [preprocessing.crop, preprocessing.crop]))
-    logits = model(preprocessing.normalise(crops.flatten(0, 1)))
-    return logits.float().softmax(1).unflatten(0, crops.shape[:2]).mean(0)
+    crops = cropped(images, ten_corners(images.shape, preprocessing.crop), preprocessing, slots=slots)
+    return model(crops).float().softmax(1).unflatten(0, (10, -1)).mean(0)

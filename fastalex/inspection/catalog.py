@@ -35,6 +35,8 @@ DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 LAYOUTS = {"channels_last": torch.channels_last, "nchw": torch.contiguous_format}
 # The batch of the paper, and of every number that depends on one.
 BATCH = 128
+# Training pictures of ILSVRC 2012: 252 GB at 256x256.
+IMAGENET = 1_281_167
 POOL = ((3, 3), (2, 2), (0, 0), (1, 1))
 
 
@@ -235,9 +237,14 @@ class ConvGradEntry(ConvEntry):
 
 @dataclass(frozen=True)
 class AugmentEntry:
-    """One call of `augment`: crops of 224 pixels of pictures of 256, blocks of 4 x 4 pixels if `block` is 4."""
+    """One call of `augment`: crops of 224 pixels of pictures of 256, blocks of 4 x 4 pixels if `block` is 4.
+
+    resident: of pictures of a set as large as ImageNet's, by their slots, with labels; a meta tensor weighs nothing.
+    direction: "forward", or "inference": ten crops of each picture, that nobody draws.
+    """
 
     block: int
+    resident: bool = False
     dtype: str = "fp16"
     variant: str = "paper"
     operation: str = "augment"
@@ -247,7 +254,9 @@ class AugmentEntry:
 
     @property
     def layer(self):
-        return "pictures_space_to_depth" if self.block == 4 else "pictures"
+        if self.direction == "inference":
+            return "ten_crops"
+        return ("resident" if self.resident else "pictures") + ("_space_to_depth" if self.block == 4 else "")
 
     @property
     def name(self):
@@ -260,17 +269,26 @@ class AugmentEntry:
     @property
     def image_elements(self):
         """Elements per image of the output."""
-        return 3 * self.block**2 * self.side**2
+        return 3 * self.block**2 * self.side**2 * (10 if self.direction == "inference" else 1)
 
     def call(self, batch=None, device="meta"):
         batch = batch or self.batch
-        pictures = torch.zeros(batch, 256, 256, 3, dtype=torch.uint8, device=device).permute(0, 3, 1, 2)
+        count = IMAGENET if self.resident and device == "meta" else batch
+        pictures = torch.zeros(count, 256, 256, 3, dtype=torch.uint8, device=device).permute(0, 3, 1, 2)
         index = torch.zeros(batch, dtype=torch.int64, device=device)
+        gathered = {}
+        if self.resident:
+            gathered = {"slots": index, "labels": torch.zeros(count, dtype=torch.int64, device=device)}
         padding = ((2, 2), (2, 2)) if self.block == 4 else ((0, 0), (0, 0))
         ones = (1.0, 1.0, 1.0)
+        if self.direction == "inference":
+            places = [(0, 0), (0, 32), (32, 0), (32, 32), (16, 16)]
+            corners = [(top, left, mirrored) for mirrored in (False, True) for top, left in places]
+            augment.crops(pictures, corners, 224, ones, ones, dtype=DTYPES[self.dtype], slots=index)
+            return
         augment.augment(
             pictures, index, index[:1], 224, ones, ones, (ones,) * 3,
-            block=self.block, padding=padding, dtype=DTYPES[self.dtype],
+            block=self.block, padding=padding, dtype=DTYPES[self.dtype], **gathered,
         )  # fmt: skip
 
 
@@ -542,7 +560,14 @@ ENTRIES |= {
     for entry in [ConvGradEntry(**base.shape, algorithm=algorithm, dtype=dtype, precision=precision)]
 }
 
-ENTRIES |= {entry.name: entry for block in (1, 4) for dtype in DTYPES for entry in [AugmentEntry(block, dtype)]}
+ENTRIES |= {
+    entry.name: entry
+    for block in (1, 4)
+    for resident in (False, True)
+    for dtype in DTYPES
+    for entry in [AugmentEntry(block, resident, dtype)]
+}
+ENTRIES |= {entry.name: entry for dtype in DTYPES for entry in [AugmentEntry(1, True, dtype, direction="inference")]}
 
 ENTRIES |= {entry.name: entry for dtype in ("bf16", "fp32") for entry in [SgdEntry(dtype)]}
 
@@ -571,7 +596,8 @@ ENTRIES |= {
 
 def representative(dtype):
     """The entries that differ, of training in channels_last: the paper's, caffenet's for the LRN alone, and LPIPS."""
-    layers = ("pictures", "pictures_space_to_depth", "conv1", "conv2", "conv3", "conv5", "fc6", "parameters")
+    augmented = ("pictures", "pictures_space_to_depth", "resident", "resident_space_to_depth")
+    layers = (*augmented, "conv1", "conv2", "conv3", "conv5", "fc6", "parameters")
     wanted = [("paper", layer) for layer in layers]
     wanted += [("lpips-alex", layer) for layer in ("images", "relu1", "relu2", "relu3", "relu4")]
     wanted += [("lpips-vgg", "relu4_3")]

@@ -3,7 +3,7 @@
 import importlib
 
 from fastalex.late import after_import
-from fastalex.ops.augment import augment
+from fastalex.ops.augment import augment, crops
 from fastalex.ops.conv_relu import conv2d_relu
 from fastalex.ops.conv_relu_pool import conv2d_relu_pool
 from fastalex.ops.feature_distance import feature_distance
@@ -20,6 +20,7 @@ __all__ = [
     "augment",
     "conv2d_relu",
     "conv2d_relu_pool",
+    "crops",
     "feature_distance",
     "linear_relu_dropout",
     "local_response_norm",

@@ -58,6 +58,7 @@ def _(grad: Shape, input: Shape, weight: Shape, output: Shape, p: float, needs: 
         OPS.lrn_max_pool2d,
         OPS.lrn_max_pool2d_backward,
         OPS.augment,
+        OPS.crops,
         OPS.feature_distance,
         OPS.feature_distance_backward,
     ]

@@ -13,9 +13,9 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -23,12 +23,14 @@ from torch import Tensor, nn
 
 from fastalex import distributed
 from fastalex.alexnet import AlexNet
-from fastalex.data.augmentation import augment
+from fastalex.data.augmentation import augment, moved
 from fastalex.data.image_sets import ImageSet
+from fastalex.data.resident import Held, Resident, keep
 from fastalex.evaluation.metrics import Scores, evaluate
 from fastalex.files import write_whole
+from fastalex.training.graphs import Replayed, is_one_graph
 from fastalex.training.health import Health, Watch, check_health
-from fastalex.training.optimizer import lr_at, make_optimizer, set_lr
+from fastalex.training.optimizer import is_capturable, lr_at, lr_on_device, make_optimizer, set_lr
 from fastalex.training.options import Options
 from fastalex.training.prepare import AMP_DTYPES, prepare, train_mode
 from fastalex.training.progress import Callback, Epoch, MetricsLog, peak_memory
@@ -74,15 +76,25 @@ def train(
     return run.state.history
 
 
+class MicroBatch(NamedTuple):
+    """indices: int64 (N,), on the device, of which the first `counting` count; pictures: what lies there, or their
+    images, uint8 (N, C, H, W), and labels."""
+
+    indices: Tensor
+    counting: int
+    pictures: Held | tuple[Tensor, Tensor]
+
+
 class Run:
     """A training run: how its state advances."""
 
     def __init__(
         self, model: AlexNet, data: ImageSet, recipe: Recipe, folder: Path, options: Options, callback: Callback
     ) -> None:
-        self.model, self.data, self.recipe, self.folder = model, data, recipe, folder
+        self.model, self.recipe, self.folder = model, recipe, folder
         self.options, self.callback = options, callback
         self.device = next(model.parameters()).device
+        self.data = keep(data, options.keep, self.device, micro_batches=options.accumulate, progress=callback.loading)
         self.rank, self.size = distributed.rank(), distributed.size()
         self.micro_batches = self.size * options.accumulate  # of each batch, in all processes together
         if recipe.batch_size < self.micro_batches:
@@ -91,16 +103,24 @@ class Run:
                 f"got {recipe.batch_size}"
             )
         self.steps_per_epoch = recipe.steps_per_epoch(data.count("train"))
+        # the pictures that `augment` reads where they lie
+        held = self.data.held if isinstance(self.data, Resident) and self.data.device.type == self.device.type else None
+        self.held = held["train"] if held is not None else None
         self.forward = prepare(model, data.preprocessing, recipe, options, self.device)
         self.optimizer = make_optimizer(model, recipe)  # of the parameters that are left in this process
+        one_graph = is_one_graph(recipe, options, self.device) and is_capturable(self.optimizer)
+        if one_graph:
+            lr_on_device(self.optimizer, self.device)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=recipe.amp == "fp16")
-        self.state = State(model, self.optimizer, self.scaler, data, recipe, folder, self.steps_per_epoch)
+        self.state = State(model, self.optimizer, self.scaler, self.data, recipe, folder, self.steps_per_epoch)
         self.stopping = Stopping(
             self.device,
             save_minutes=options.save_minutes,
             save_steps=options.save_steps,
             steps_per_epoch=self.steps_per_epoch,
         )
+        self.seed = torch.zeros(1, dtype=torch.int64, device=self.device)  # of an epoch's crops, mirror images, colours
+        self.replayed = Replayed(self.update_of) if one_graph else None
         self.mark = time.perf_counter()
 
     # -- epochs
@@ -136,13 +156,20 @@ class Run:
         batches = self.batches_of(epoch)
         own = slice(self.rank * self.options.accumulate, (self.rank + 1) * self.options.accumulate)
         shares = [share for b in batches[done:] for share in distributed.equal_shares(b, self.micro_batches)[own]]
+        # in one copy, and from then on they lie where the step reads them
+        order = torch.cat([torch.empty(0, dtype=torch.int64), *(indices for indices, _ in shares)])
+        if self.held is not None:  # what fills a share up must be here, too
+            order = order.clamp(self.held.here.start, self.held.here.stop - 1)
+        indices = moved(order, self.device).split([len(i) for i, _ in shares])
+        self.seed.fill_(seed_of(self.recipe.seed, "pictures", epoch))
         self.callback.epoch_begins(epoch + 1, sum(map(len, batches[:done])))
         train_mode(self.model, self.recipe)
         self.mark = time.perf_counter()
-        micro_batches = iter(self.data.batches("train", [indices for indices, _ in shares]))
-        indexed = iter(shares)
+        wanted = [] if self.held is not None else [indices for indices, _ in shares]
+        loaded = iter(self.data.batches("train", wanted))
+        placed = iter([(i, counting) for i, (_, counting) in zip(indices, shares, strict=True)])
         for batch in batches[done:]:
-            self.take_step(micro_batches, indexed, len(batch))
+            self.take_step(loaded, placed, len(batch))
             self.callback.batch_done(len(batch))
             now = time.perf_counter()
             state.seconds += now - self.mark
@@ -158,6 +185,7 @@ class Run:
     def batches_of(self, epoch: int) -> list[Tensor]:
         """The indices of the images in each batch of the epoch, the same in every process."""
         order = self.data.order("train", self.recipe.seed, epoch)
+        order = distributed.dealt(order, getattr(self.data, "shares", 1), self.recipe.batch_size)
         return list(order.split(self.recipe.batch_size)[: self.steps_per_epoch])
 
     def end_epoch(self, scores: Scores, health: Health) -> Epoch:
@@ -190,27 +218,49 @@ class Run:
     # -- a step
 
     def take_step(
-        self, micro_batches: Iterator[tuple[Tensor, Tensor]], shares: Iterator[tuple[Tensor, int]], batch_size: int
+        self, batches: Iterator[tuple[Tensor, Tensor]], shares: Iterator[tuple[Tensor, int]], batch_size: int
     ) -> None:
         """One update of the weights.
 
-        micro_batches: the images and labels of this process's share, and shares, their indices and how many of them
-        count, as `distributed.equal_shares` has them; batch_size: images of the step in all processes together.
+        batches: the images and labels of this process's micro-batches, none where they lie on the device; shares,
+        their indices, there too, and how many of them count, as `distributed.equal_shares` has them; batch_size: images
+        of the step in all processes together.
         """
-        recipe, device, state = self.recipe, self.device, self.state
-        amp = AMP_DTYPES[recipe.amp]
+        recipe, state = self.recipe, self.state
         state.lr = lr_at(recipe, state.step, self.steps_per_epoch, [1 - line["top1"] for line in state.history])
         set_lr(self.optimizer, state.lr, in_velocity=recipe.lr_in_velocity)
-        self.optimizer.zero_grad(set_to_none=True)
-        total = torch.zeros_like(state.loss)
+        micro_batches = self.micro_batches_of(batches, shares)
+        if self.replayed is not None:  # batches are full: graphs need drop_last
+            [(indices, _, pictures)] = micro_batches
+            self.replayed(indices, *(() if isinstance(pictures, Held) else pictures))
+        else:
+            self.update(micro_batches, batch_size)
+        state.step += 1
+
+    def micro_batches_of(
+        self, batches: Iterator[tuple[Tensor, Tensor]], shares: Iterator[tuple[Tensor, int]]
+    ) -> Iterator[MicroBatch]:
+        """Those of a step in this process; when one is handed out, the random generators start anew."""
         for i in range(self.options.accumulate):
-            images, labels = self.fetch(micro_batches)
-            torch.manual_seed(seed_of(recipe.seed, "step", state.step, self.rank * self.options.accumulate + i))
             indices, counting = next(shares)
-            images = self.augmented(images.to(device, non_blocking=True), indices)
-            labels = labels.to(device, non_blocking=True)
-            if counting < len(labels):
-                labels = torch.where(torch.arange(len(labels), device=device) < counting, labels, IGNORED)
+            pictures: Held | tuple[Tensor, Tensor] | None = self.held
+            if pictures is None:
+                images, labels = self.fetch(batches)
+                pictures = images.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True)
+            micro_batch = self.rank * self.options.accumulate + i
+            torch.manual_seed(seed_of(self.recipe.seed, "step", self.state.step, micro_batch))
+            yield MicroBatch(indices, counting, pictures)
+
+    def update(self, micro_batches: Iterable[MicroBatch], batch_size: int) -> None:
+        """A step as a function of what lies on the device: nothing here reads it, so a CUDA graph may replay it all."""
+        recipe, device = self.recipe, self.device
+        amp = AMP_DTYPES[recipe.amp]
+        self.optimizer.zero_grad(set_to_none=True)
+        total = torch.zeros_like(self.state.loss)
+        for i, micro_batch in enumerate(micro_batches):
+            images, labels = self.augmented(micro_batch)
+            if micro_batch.counting < len(labels):
+                labels = torch.where(torch.arange(len(labels), device=device) < micro_batch.counting, labels, IGNORED)
             with self.no_sync(i < self.options.accumulate - 1):
                 with torch.autocast(device.type, amp, enabled=amp is not None):
                     logits = self.forward(images)
@@ -223,8 +273,12 @@ class Run:
         self.scaler.step(self.optimizer)
         self.scaler.update()
         # summed on the device: reading it here would make the host wait for every step
-        state.loss += total
-        state.step += 1
+        self.state.loss += total
+
+    def update_of(self, indices: Tensor, *batch: Tensor) -> None:
+        """The step of a full batch in one micro-batch."""
+        pictures = (batch[0], batch[1]) if self.held is None else self.held
+        self.update([MicroBatch(indices, len(indices), pictures)], self.recipe.batch_size)
 
     def fetch(self, micro_batches: Iterator[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
         started = time.perf_counter()
@@ -238,15 +292,22 @@ class Run:
         finally:
             self.state.waited += time.perf_counter() - started
 
-    def augmented(self, images: Tensor, indices: Tensor) -> Tensor:
-        """uint8 (N, C, H, W) -> the model's input (N, C, crop, crop), another for each image in each epoch."""
+    def augmented(self, micro_batch: MicroBatch) -> tuple[Tensor, Tensor]:
+        """The model's input (N, C, crop, crop), another for each image in each epoch, and the labels."""
+        indices, _, pictures = micro_batch
         preprocessing, recipe = self.data.preprocessing, self.recipe
         if preprocessing.channels != 3:
-            return preprocessing.for_training(images)
-        seed = seed_of(recipe.seed, "pictures", self.state.step // self.steps_per_epoch)
-        colours = getattr(self.data, "colours", None) if recipe.colours else None
-        dtype = AMP_DTYPES[recipe.amp] or torch.float32
-        return augment(images, indices, seed, preprocessing, colours=colours, dtype=dtype)
+            images, labels = pictures.take(indices) if isinstance(pictures, Held) else pictures
+            return preprocessing.for_training(images), labels
+        options: dict[str, Any] = {
+            "colours": getattr(self.data, "colours", None) if recipe.colours else None,
+            "dtype": AMP_DTYPES[recipe.amp] or torch.float32,
+        }
+        if isinstance(pictures, Held):
+            options |= {"slots": pictures.slots_of(indices), "labels": pictures.labels}
+            return augment(pictures.images, indices, self.seed, preprocessing, **options)
+        images, labels = pictures
+        return augment(images, indices, self.seed, preprocessing, **options), labels
 
     def no_sync(self, wanted: bool) -> contextlib.AbstractContextManager[Any]:
         """Where wanted, leaves the gradients of a backward pass in this process, for a later one to average."""

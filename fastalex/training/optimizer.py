@@ -88,12 +88,32 @@ def layers_of(model: nn.Module) -> list[list[nn.Parameter]]:
 def set_lr(optimizer: SGD, lr: float, *, in_velocity: bool) -> None:
     """The learning rate of the next step.  in_velocity: as `Recipe.lr_in_velocity`, by rescaling momentum buffers."""
     for group in optimizer.param_groups:
-        before, group["lr"] = group["lr"], lr * group["relative_lr"]
-        if in_velocity and before != group["lr"]:
+        before, now = group.get("lr_now", lr), lr * group["relative_lr"]
+        if in_velocity and before != now:
             for parameter in group["params"]:
                 momentum_buffer = optimizer.state[parameter].get("momentum_buffer")
                 if momentum_buffer is not None:
-                    momentum_buffer.mul_(before / group["lr"])
+                    momentum_buffer.mul_(before / now)
+        group["lr_now"] = now
+        if isinstance(group["lr"], Tensor):  # which a CUDA graph reads
+            group["lr"].fill_(now)
+        else:
+            group["lr"] = now
+
+
+def is_capturable(optimizer: SGD) -> bool:
+    """Whether a CUDA graph may hold its step: our kernel and PyTorch's fused one read the rate on the device."""
+    kernel = isinstance(optimizer, LARS)
+    return all(
+        group["fused"] or (kernel and all(optim.is_for_the_kernel(p, p) for p in group["params"]))
+        for group in optimizer.param_groups
+    )
+
+
+def lr_on_device(optimizer: SGD, device: torch.device) -> None:
+    """Lets `set_lr` write the rates to memory of the device, where a CUDA graph reads them."""
+    for group in optimizer.param_groups:
+        group["lr"] = torch.tensor(group["lr"], dtype=torch.float32, device=device)
 
 
 class LARS(optim.SGD):

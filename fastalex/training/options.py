@@ -14,6 +14,7 @@ class Options:
     compile: the model through torch.compile.
     parallel: of several processes: "data" gives each the whole model, "hybrid" a share of each fully connected layer
         (`fastalex.parallel.one_weird_trick`).
+    keep: where the pictures lie, as `fastalex.data.resident.keep` has it.
     save_minutes, save_steps: how often the state is saved within an epoch.
     tensorboard: the lines of metrics.jsonl as curves too, in the folder's `tensorboard`.
     """
@@ -24,6 +25,7 @@ class Options:
     save_minutes: float = 10.0
     save_steps: int | None = None
     tensorboard: bool = False
+    keep: Literal["auto", "on-device", "in-memory", "nothing"] = "auto"
 
     def __post_init__(self) -> None:
         if self.accumulate < 1:

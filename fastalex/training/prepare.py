@@ -100,7 +100,8 @@ def prepare(
         return one_weird_trick(model, init_device_mesh(device.type, (distributed.size(),)))
     if options.compile:
         forward = cast(nn.Module, torch.compile(forward, mode="reduce-overhead" if graphs else None))
-    elif graphs and options.accumulate == 1:  # a second replay would overwrite the first one's gradients
+    # of one process the whole step is a graph; of a second micro-batch a replay would overwrite the first's gradients
+    elif graphs and options.accumulate == 1 and distributed.size() > 1:
         crop, amp = preprocessing.crop, AMP_DTYPES[recipe.amp]
         shape = (recipe.batch_size // distributed.size(), preprocessing.channels, crop, crop)
         sample = torch.empty(shape, dtype=amp, device=device, memory_format=torch.channels_last).zero_()

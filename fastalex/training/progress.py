@@ -22,6 +22,9 @@ seconds that the loop waited for images), peak_memory_bytes (of the GPU's alloca
 class Callback:
     """Told what happens during training; this one keeps silent."""
 
+    def loading(self, done: int, total: int) -> None:
+        """Bytes of pictures that are to stay in memory, before the first epoch."""
+
     def epoch_begins(self, epoch: int, images_done: int) -> None: ...
 
     def batch_done(self, images: int) -> None: ...

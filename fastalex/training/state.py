@@ -61,7 +61,7 @@ class State:
 
     def end_epoch(self, line: Epoch) -> None:
         self.history.append(line)
-        self.loss = torch.zeros_like(self.loss)
+        self.loss.zero_()  # where it lies, as a CUDA graph adds to it
         self.seconds = self.waited = 0.0
 
     # -- out
@@ -82,6 +82,7 @@ class State:
                 recipe=self._plain_recipe(),
                 classes=list(self._data.classes),
                 pictures=self._data.count("train"),
+                shares=getattr(self._data, "shares", 1),
                 step=self.step,
                 weights=weights,
                 velocity=momentum_buffers,
@@ -175,6 +176,12 @@ class State:
                 raise ValueError(f"{folder} was trained with another {difference(name, state[name], now)}")
         if state["pictures"] != count:
             raise ValueError(f"{folder} was trained with {state['pictures']:,} pictures, not {count:,}")
+        shares, own = state.get("shares", 1), getattr(self._data, "shares", 1)
+        if shares != own and state["step"] > len(state["history"]) * self._steps_per_epoch:
+            raise ValueError(
+                f"{folder} stopped within an epoch whose order is that of {shares} shares of the pictures, not {own}: "
+                "go on with as many processes and the same --keep"
+            )
         return state
 
     # -- both

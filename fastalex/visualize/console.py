@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -65,6 +66,7 @@ class ProgressBar(Callback):
         )
         self._epochs = epochs
         self._per_epoch = images_per_epoch
+        self._started = time.perf_counter()
         self._task = self._progress.add_task("starting", total=epochs * images_per_epoch)
 
     def __enter__(self) -> ProgressBar:
@@ -73,6 +75,13 @@ class ProgressBar(Callback):
 
     def __exit__(self, *exception: object) -> None:
         self._progress.stop()
+
+    def loading(self, done: int, total: int) -> None:
+        seconds = time.perf_counter() - self._started
+        rate = f"{done / 1e9:.1f} of {total / 1e9:.1f} GB of pictures, {done / 1e9 / seconds:.1f} GB/s"
+        self._progress.update(self._task, description=f"loading {rate}")
+        if done == total and seconds > 1:
+            tell(f"loaded {rate}")
 
     def epoch_begins(self, epoch: int, images_done: int) -> None:
         done = (epoch - 1) * self._per_epoch + images_done

@@ -7,7 +7,7 @@ import torch
 
 from fastalex import AlexNet, backend, ops
 from fastalex.cpu.augment import draw
-from fastalex.data.augmentation import augment
+from fastalex.data.augmentation import augment, centre, cropped, ten_corners
 from fastalex.data.preprocessing import Colours, Preprocessing
 from fastalex.variants import VARIANTS
 
@@ -87,6 +87,34 @@ def test_operator(images):
     arguments = (images, INDICES, SEED, 28, [0.5] * 3 + [0.2] * 3 + [0.01] * 9)
     for block, padding in ((1, [0] * 4), (4, [2, 2, 2, 2])):
         torch.library.opcheck(ops.augment, (*arguments, block, padding, torch.float16))
+        slots = torch.tensor([2, 0, 0, 3])
+        for labels in (None, torch.arange(4)):
+            torch.library.opcheck(ops.augment, (*arguments, block, padding, torch.float16, slots, labels))
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("side", [32, 33])
+def test_ten_crops_are_torchvisions(channels, side):
+    """Bit for bit on a CPU, and the centre is that of `for_evaluation`."""
+    transforms = pytest.importorskip("torchvision.transforms.v2.functional")
+    looks = Preprocessing(channels, side, 28, LOOKS.mean[:channels], LOOKS.std[:channels])
+    images = torch.randint(0, 256, (3, channels, side, 35), dtype=torch.uint8)
+    images = images.contiguous(memory_format=torch.channels_last)
+    slots = torch.tensor([1, 2, 0, 0])
+    with backend.use("reference"):
+        expected = looks.normalise(torch.cat(transforms.ten_crop(images, [28, 28])))
+        assert torch.equal(cropped(images, ten_corners(images.shape, 28), looks), expected)
+        middle = centre(images.shape, 28)
+        assert torch.equal(cropped(images, middle, looks, slots=slots), looks.for_evaluation(images[slots]))
+    with backend.use("triton"):
+        torch.testing.assert_close(
+            cropped(images, ten_corners(images.shape, 28), looks), expected, atol=1e-5, rtol=1e-6
+        )
+    for corners in (middle, ten_corners(images.shape, 28)):
+        flat = [int(number) for corner in corners for number in corner]
+        colours = [*looks.mean, *looks.std]
+        for given in (None, slots):
+            torch.library.opcheck(ops.crops, (images, flat, 28, colours, torch.float32, given))
 
 
 def test_compiled(images):
@@ -96,6 +124,28 @@ def test_compiled(images):
     compiled = torch.compile(step, backend="aot_eager", fullgraph=True)
     assert torch.equal(compiled(images, INDICES, SEED), step(images, INDICES, SEED))
 
+    def resident(images, indices, slots, labels):
+        return augment(images, indices, SEED, LOOKS, colours=COLOURS, slots=slots, labels=labels)
+
+    arguments = images, INDICES[:3], torch.tensor([3, 1, 1]), torch.tensor([5, 6, 7, 8])
+    found = torch.compile(resident, backend="aot_eager", fullgraph=True)(*arguments)
+    for first, second in zip(found, resident(*arguments), strict=True):
+        assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize("mode", ["triton", "reference"])
+def test_slots(images, mode):
+    """Pictures of a set where they lie are those of a batch that was gathered before."""
+    slots = torch.tensor([3, 0, 0, 1, 2])
+    indices = torch.tensor([8, 14, 3, 15, 92])
+    with backend.use(mode):
+        inputs, labels = augment(
+            images, indices, 7, LOOKS, colours=COLOURS, slots=slots, labels=torch.tensor([5, 6, 7, 8])
+        )
+        assert labels.tolist() == [8, 5, 5, 6, 7]
+        assert torch.equal(inputs, augment(images[slots], indices, 7, LOOKS, colours=COLOURS))
+        assert torch.equal(inputs, augment(images, indices, 7, LOOKS, colours=COLOURS, slots=slots))
+
 
 @pytest.mark.parametrize(
     ("changes", "message"),
@@ -104,6 +154,14 @@ def test_compiled(images):
         ({"images": torch.zeros(4, 32, 32, 3, dtype=torch.uint8)}, r"got torch.uint8 \(4, 32, 32, 3\)"),
         ({"indices": torch.arange(3)}, r"indices must be int64 \(4,\), got torch.int64 \(3,\)"),
         ({"indices": torch.zeros(4)}, "got torch.float32"),
+        ({"slots": torch.arange(3)}, r"slots must be int64 \(4,\), got torch.int64 \(3,\)"),
+        ({"slots": torch.zeros(4)}, "slots must be int64"),
+        ({"labels": torch.arange(4)}, "labels need slots"),
+        ({"labels": torch.arange(5), "slots": torch.arange(4)}, r"labels must be int64 \(4,\) on cpu, got .* \(5,\)"),
+        (
+            {"slots": torch.arange(4), "images": torch.zeros(4, 3, 32, 32, dtype=torch.uint8)},
+            r"images must be in channels_last where slots are given, got strides \(3072, 1024, 32, 1\)",
+        ),
         (
             {"preprocessing": Preprocessing.for_photos(3, 33)},
             r"a crop in \[1, 32\] for pictures of 32x32, got 3 and 33",
@@ -122,6 +180,12 @@ def test_refusals(images, changes, message):
     arguments = {"images": images, "indices": INDICES, "seed": 1, "preprocessing": LOOKS} | changes
     with pytest.raises(ValueError, match=message):
         augment(**arguments)
+
+
+@pytest.mark.parametrize("slot", [-1, 4])
+def test_a_slot_outside_of_the_set_is_refused(images, slot):
+    with backend.use("reference"), pytest.raises(IndexError, match=rf"slots must lie in \[0, 4\), got {slot}"):
+        augment(images, INDICES, 7, LOOKS, slots=torch.tensor([0, 1, 2, slot]))
 
 
 @pytest.mark.parametrize("variant", ["paper", "code2012", "bvlc_alexnet"])

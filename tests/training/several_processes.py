@@ -2,6 +2,7 @@
 
 Leaves FOLDER/one, a run of one process that accumulates SIZE micro-batches, and runs of SIZE processes that must end in
 the same way: FOLDER/many, FOLDER/stopped (stopped by SIGTERM, resumed by SIZE) and FOLDER/fewer (resumed by one).
+The same of a set in shares: FOLDER/shares-one, which cuts it as SIZE processes do, and FOLDER/shares of these.
 The same without dropout: FOLDER/plain of one process, and of several in the hybrid form FOLDER/hybrid,
 FOLDER/hybrid-fewer (resumed by one) and FOLDER/hybrid-more (stopped in the data-parallel form).
 """
@@ -16,6 +17,7 @@ import torch
 from small_runs import BATCH_NORM, Pictures, changed, run
 
 from fastalex import distributed
+from fastalex.data.resident import Held, Resident
 from fastalex.training.progress import Callback
 from fastalex.training.stopping import Stopped
 
@@ -36,7 +38,21 @@ class Terminated(Callback):
 
 def train(folder, **options):
     # 61 pictures: the last batch of an epoch has one, and leaves the other processes' shares empty
-    return run(folder, changed(**options.pop("recipe", {})), data=Pictures(61), wide=True, **options)
+    data = options.pop("data", None) or Pictures(61)
+    return run(folder, changed(**options.pop("recipe", {})), data=data, wide=True, **options)
+
+
+def in_shares(number, of=None):
+    """The pictures cut into so many shares, of which one is held, or all; nothing lies at the slots of the others."""
+    source, held = Pictures(61), {}
+    for split, (images, labels) in source.sets.items():
+        parts = torch.arange(len(images)).tensor_split(number)
+        here = range(len(images)) if of is None else range(int(parts[of][0]), int(parts[of][-1]) + 1)
+        slots = torch.full((len(images),), -1)
+        slots[here.start : here.stop] = torch.arange(len(here))
+        own = images[here.start : here.stop].contiguous(memory_format=torch.channels_last)
+        held[split] = Held(own, labels[here.start : here.stop], slots, here)
+    return Resident(source, held, number)
 
 
 def train_with_batch_norm(folder):
@@ -85,6 +101,8 @@ def main(root, size):
     train(root / "fewer", accumulate=size, resume=True)
     # what rank 0 finds wrong with a state ends all of them
     print(*processes(size, lambda rank: train(root / "fewer", resume=True, recipe={"lr": 9.0})))
+    train(root / "shares-one", accumulate=size, data=in_shares(size))
+    print(*processes(size, lambda rank: train(root / "shares", data=in_shares(size, rank))))
     # each process draws the dropout of its share of a layer, which no other division of the work repeats
     exact = {"recipe": {"dropout": 0.0}}
     train(root / "plain", accumulate=size, **exact)

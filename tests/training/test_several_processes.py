@@ -39,10 +39,11 @@ def check(folder, size):
     )
     assert done.returncode == 0, done.stderr
     # 3: stopped by the signal, after saving at the end of the first epoch, where all of them agreed
-    codes = (0, 3, 0, 3) + (2,) + (0, 3, 3, 0) + (0,)
+    codes = (0, 3, 0, 3) + (2, 0) + (0, 3, 3, 0) + (0,)
     assert done.stdout.split() == [str(code) for code in codes for _ in range(size)], done.stderr
     assert done.stderr.count("another recipe: lr was 0.05, not 9.0") == size
     same_end(folder, "one", "many", "stopped", "fewer")
+    same_end(folder, "shares-one", "shares")
     same_end(folder, "plain", "hybrid", "hybrid-fewer", "hybrid-more")
 
 
