@@ -76,9 +76,7 @@ class Resident:
         """That of the source; of shares, each shuffled on its own, one after the other."""
         if self.shares == 1:
             return self._source.order(split, seed, epoch)
-        generator = epoch_generator(seed, epoch)
-        shares = torch.arange(self.count(split)).tensor_split(self.shares)
-        return torch.cat([share[torch.randperm(len(share), generator=generator)] for share in shares])
+        return order_of_shares(self.count(split), self.shares, seed, epoch)
 
     def batches(self, split: str, indices: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
         """As of any set, on the set's device; in pinned memory where that is the host and there is a GPU.
@@ -94,6 +92,13 @@ class Resident:
             if self.device.type == "cpu" and torch.cuda.is_available():
                 images, labels = images.pin_memory(), labels.pin_memory()
             yield images, labels
+
+
+def order_of_shares(count: int, shares: int, seed: int, epoch: int) -> Tensor:
+    """So many pictures in an epoch's order, int64 (count,): each share shuffled, one after the other."""
+    generator = epoch_generator(seed, epoch)
+    cut = torch.arange(count).tensor_split(shares)
+    return torch.cat([share[torch.randperm(len(share), generator=generator)] for share in cut])
 
 
 def keep(

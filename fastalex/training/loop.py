@@ -25,7 +25,7 @@ from fastalex import distributed
 from fastalex.alexnet import AlexNet
 from fastalex.data.augmentation import augment, moved
 from fastalex.data.image_sets import ImageSet
-from fastalex.data.resident import Held, Resident, keep
+from fastalex.data.resident import Held, Resident, keep, order_of_shares
 from fastalex.evaluation.metrics import Scores, evaluate
 from fastalex.files import write_whole
 from fastalex.training.graphs import Replayed, is_one_graph
@@ -184,8 +184,12 @@ class Run:
 
     def batches_of(self, epoch: int) -> list[Tensor]:
         """The indices of the images in each batch of the epoch, the same in every process."""
-        order = self.data.order("train", self.recipe.seed, epoch)
-        order = distributed.dealt(order, getattr(self.data, "shares", 1), self.recipe.batch_size)
+        shares, seed = self.state.shares, self.recipe.seed
+        if shares == 1:
+            order = self.data.order("train", seed, epoch)
+        else:
+            order = order_of_shares(self.data.count("train"), shares, seed, epoch)
+        order = distributed.dealt(order, shares, self.recipe.batch_size)
         return list(order.split(self.recipe.batch_size)[: self.steps_per_epoch])
 
     def end_epoch(self, scores: Scores, health: Health) -> Epoch:

@@ -26,7 +26,7 @@ class State:
 
     step: of the whole run, the next one to take.  lr: of the step before.  history: the epochs that are done.
     Of the epoch under way: loss, the sum over this process's images; seconds; waited, those of them that went by
-    waiting for images.
+    waiting for images; shares, into which its order cuts the images (`fastalex.data.resident`).
     """
 
     def __init__(
@@ -47,6 +47,7 @@ class State:
         self.history: list[Epoch] = []
         self.loss = torch.zeros((), device=next(model.parameters()).device)
         self.seconds = self.waited = 0.0
+        self.shares: int = getattr(data, "shares", 1)
         self._saved_step = -1
 
     @property
@@ -61,6 +62,7 @@ class State:
 
     def end_epoch(self, line: Epoch) -> None:
         self.history.append(line)
+        self.shares = getattr(self._data, "shares", 1)
         self.loss.zero_()  # where it lies, as a CUDA graph adds to it
         self.seconds = self.waited = 0.0
 
@@ -82,7 +84,7 @@ class State:
                 recipe=self._plain_recipe(),
                 classes=list(self._data.classes),
                 pictures=self._data.count("train"),
-                shares=getattr(self._data, "shares", 1),
+                shares=self.shares,
                 step=self.step,
                 weights=weights,
                 velocity=momentum_buffers,
@@ -161,6 +163,8 @@ class State:
         set_lr(self._optimizer, self.lr, in_velocity=False)
         self._scaler.load_state_dict(state["scaler"])
         self.step, self.history = state["step"], state["history"]
+        if self.steps_of_epoch:
+            self.shares = state.get("shares", 1)
         if distributed.rank() == 0:  # the others' shares are in it
             self.loss.copy_(state["loss"])
         self.seconds, self.waited = state["seconds"], state["waited"]
@@ -176,11 +180,11 @@ class State:
                 raise ValueError(f"{folder} was trained with another {difference(name, state[name], now)}")
         if state["pictures"] != count:
             raise ValueError(f"{folder} was trained with {state['pictures']:,} pictures, not {count:,}")
-        shares, own = state.get("shares", 1), getattr(self._data, "shares", 1)
-        if shares != own and state["step"] > len(state["history"]) * self._steps_per_epoch:
+        own = getattr(self._data, "shares", 1)
+        if state["step"] > len(state["history"]) * self._steps_per_epoch and own not in (1, state.get("shares", 1)):
             raise ValueError(
-                f"{folder} stopped within an epoch whose order is that of {shares} shares of the pictures, not {own}: "
-                "go on with as many processes and the same --keep"
+                f"{folder} stopped within an epoch whose order is not that of {own} shares of the pictures: go on with "
+                "as many processes as before, or with --keep nothing"
             )
         return state
 

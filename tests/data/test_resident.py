@@ -304,14 +304,25 @@ def test_the_order_of_shares_is_a_fair_shuffle():
         assert abs(found - epochs * probability) < 5 * (epochs * probability) ** 0.5
 
 
-def test_another_number_of_shares_waits_for_the_end_of_an_epoch(tmp_path):
-    """Within an epoch the order of other shares would take pictures twice."""
+@pytest.mark.parametrize("shares", [1, 4])
+def test_an_epoch_ends_in_the_order_in_which_it_began(tmp_path, shares):
+    """A run of shares goes on without them, bit for bit, where everything is within reach; with others it refuses."""
+    source = Pictures(72)
+
+    def of(number):
+        held = {
+            split: resident.Held(images.contiguous(memory_format=torch.channels_last), labels, None, range(len(labels)))
+            for split, (images, labels) in source.sets.items()
+        }
+        return Resident(source, held, number)
+
+    recipe = changed(epochs=1)
+    whole, _ = run(tmp_path / "whole", recipe, data=of(shares))
     with pytest.raises(Stop):
-        run(tmp_path, save_steps=1, callback=StopAfter(2))
-    state = torch.load(tmp_path / "state.pt")
-    assert state["shares"] == 1
-    torch.save({**state, "shares": 8}, tmp_path / "state.pt")
-    with pytest.raises(
-        ValueError, match="stopped within an epoch whose order is that of 8 shares of the pictures, not 1"
-    ):
-        run(tmp_path, resume=True)
+        run(tmp_path / "stopped", recipe, data=of(shares), save_steps=1, callback=StopAfter(2))
+    with pytest.raises(ValueError, match=r"not that of 2 shares of the pictures: .* or with --keep nothing"):
+        run(tmp_path / "stopped", recipe, data=of(2), resume=True)
+    resumed, _ = run(tmp_path / "stopped", recipe, data=source, resume=True)
+    for first, second in zip(whole.parameters(), resumed.parameters(), strict=True):
+        assert torch.equal(first, second)
+    assert torch.load(tmp_path / "stopped" / "state.pt")["shares"] == 1  # of the epochs to come
