@@ -37,7 +37,8 @@ class Recording(TorchDispatchMode):
         if function._schema.name in READS:
             raise RuntimeError(f"{function} is not permitted when a stream is capturing")
         for number, argument in enumerate(function._schema.arguments):
-            if argument.alias_info is not None and argument.alias_info.is_write:
+            declared = argument.alias_info is not None and argument.alias_info.is_write
+            if declared or argument.name in ("running_mean", "running_var"):  # written without a word of it
                 given = args[number] if number < len(args) else kwargs.get(argument.name)
                 self.before += [(t, t.clone()) for t in tree_leaves(given) if isinstance(t, torch.Tensor)]
         result = function(*args, **kwargs)

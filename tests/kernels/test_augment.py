@@ -390,10 +390,8 @@ FLOOR = {"pictures": 224 * 224 * 3 * 3, "pictures_space_to_depth": 224 * 224 * 3
 FLOOR |= {layer.replace("pictures", "resident"): moved for layer, moved in FLOOR.items()}
 
 
-@pytest.mark.parametrize(
-    "target",
-    [pytest.param(t, marks=() if t == "traffic" else pytest.mark.slow) for t in (*compiler.TARGETS, "traffic")],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("target", [*compiler.TARGETS, "traffic"])
 def test_ten_crops_are_one_launch(target):
     """Which reads each picture once, and writes its ten crops."""
     name = "paper/ten_crops/augment/inference/fp32/channels_last"
