@@ -78,9 +78,9 @@ class ProgressBar(Callback):
 
     def loading(self, done: int, total: int) -> None:
         seconds = time.perf_counter() - self._started
-        rate = f"{done / 1e9:.1f} of {total / 1e9:.1f} GB of pictures, {done / 1e9 / seconds:.1f} GB/s"
+        rate = f"{done / 1e6:,.0f} of {total / 1e6:,.0f} MB of pictures, {done / 1e6 / seconds:,.0f} MB/s"
         self._progress.update(self._task, description=f"loading {rate}")
-        if done == total and seconds > 1:
+        if done == total and total > 1e9:
             tell(f"loaded {rate}")
 
     def epoch_begins(self, epoch: int, images_done: int) -> None:
