@@ -373,9 +373,9 @@ def finish(
         labels = np.array([label for entry in done for label in entry["labels"]], np.int32)
         failures[split] = [failure for entry in done for failure in entry["failures"]]
         if not (labels >= 0).any():
-            raise ValueError(
-                f"none of {counted(len(items), 'picture')} of {split!r} could be read: {failures[split][0]}"
-            )
+            first = failures[split][0]
+            what = f"none of the {counted(len(items), 'picture')} of {split!r} could be read"
+            raise ValueError(f"{what}: {first.picture} {first.reason}")
         content = io.BytesIO()
         np.save(content, labels)
         files = {"labels.npy": content.getvalue(), "paths.json": json.dumps([item.name for item in items]).encode()}
