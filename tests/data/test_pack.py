@@ -349,7 +349,7 @@ def test_nothing_but_damaged_pictures(tmp_path):
     trees.folders(tmp_path / "in", splits=("train",))
     for path in (tmp_path / "in").rglob("*.jpg"):
         path.write_bytes(b"x")
-    with pytest.raises(ValueError, match="none of the 6 pictures of 'train' could be read: train/.*jpg cannot be"):
+    with pytest.raises(ValueError, match=r"none of the 6 pictures of 'train' could be read: train/.*jpg cannot be"):
         pack(tmp_path / "in", tmp_path / "out", on_error="skip", size=16)
     assert not (tmp_path / "out").exists()
 
