@@ -10,6 +10,7 @@ from fastalex.data.preprocessing import Preprocessing
 from fastalex.functional import ResponseNorm
 from fastalex.training import loop
 from fastalex.training.options import Options
+from fastalex.training.progress import Callback
 from fastalex.training.recipes import Recipe
 from fastalex.variants import BatchNorm, Conv, Variant
 
@@ -26,6 +27,22 @@ TINY = Variant(
 )
 BATCH_NORM = replace(TINY, convs=tuple(replace(conv, norm=BatchNorm(1e-4)) for conv in TINY.convs), pool_first=True)
 RECIPE = Recipe(TINY, epochs=3, batch_size=20, lr=0.05, schedule="one-cycle", dropout=0.2)
+
+
+class Stop(Exception):
+    """A crash."""
+
+
+class StopAfter(Callback):
+    """Leaves the run after so many steps, as if it had crashed."""
+
+    def __init__(self, steps):
+        self.left = steps
+
+    def batch_done(self, images):
+        self.left -= 1
+        if self.left == 0:
+            raise Stop
 
 
 class Pictures:

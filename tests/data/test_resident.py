@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from small_runs import TINY, Pictures, changed, run, without_timings
+from small_runs import TINY, Pictures, Stop, StopAfter, changed, run, without_timings
 
 from fastalex import AlexNet, distributed
 from fastalex.data import packed, resident
@@ -16,25 +16,8 @@ from fastalex.data.packed import PackedSet
 from fastalex.data.preprocessing import Preprocessing
 from fastalex.data.resident import Resident, keep
 from fastalex.evaluation.metrics import evaluate
-from fastalex.training.progress import Callback
 
 CPU = torch.device("cpu")
-
-
-class Stop(Exception):
-    pass
-
-
-class StopAfter(Callback):
-    """Leaves the run after so many steps, as if it had crashed."""
-
-    def __init__(self, steps):
-        self.left = steps
-
-    def batch_done(self, images):
-        self.left -= 1
-        if self.left == 0:
-            raise Stop
 
 
 def pack(root, train=70, test=30, size=20, missing=(), chunk=16, images=None):

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from small_runs import BATCH_NORM, RECIPE, TINY, Pictures, changed, without_timings
+from small_runs import BATCH_NORM, RECIPE, TINY, Pictures, Stop, StopAfter, changed, without_timings
 
 pytest.importorskip("safetensors")
 
@@ -15,7 +15,6 @@ from fastalex.training import loop
 from fastalex.training.optimizer import make_optimizer
 from fastalex.training.options import Options
 from fastalex.training.prepare import build_model, load_initial, prepare
-from fastalex.training.progress import Callback
 from fastalex.variants import VARIANTS
 
 LOOKS = Preprocessing(3, 20, 16, (0.4,) * 3, (0.3,) * 3)
@@ -118,20 +117,6 @@ def test_two_rates():
     assert len(make_optimizer(model, changed()).param_groups) == 2  # each is a launch of its own
     lars = changed(trust=0.01, freeze="backbone")
     assert make_optimizer(build_model(lars, Others.classes, "cpu"), lars).layers[0][0].shape == (5, 8)
-
-
-class Stop(Exception):
-    pass
-
-
-class StopAfter(Callback):
-    def __init__(self, steps):
-        self.left = steps
-
-    def batch_done(self, images):
-        self.left -= 1
-        if self.left == 0:
-            raise Stop
 
 
 @pytest.mark.parametrize("freeze", ["nothing", "features"])

@@ -5,13 +5,12 @@ from dataclasses import replace
 import pytest
 import recorded_graphs
 import torch
-from small_runs import BATCH_NORM, Pictures, changed, run, without_timings
+from small_runs import BATCH_NORM, Pictures, Stop, StopAfter, changed, run, without_timings
 
 from fastalex.data.image_sets import FashionMNIST
 from fastalex.data.preprocessing import Colours
 from fastalex.training import graphs, loop
 from fastalex.training.options import Options
-from fastalex.training.progress import Callback
 from fastalex.training.recipes import demo_variant
 
 GRAPHED = {"drop_last": True, "cuda_graphs": True, "colours": True}
@@ -19,20 +18,6 @@ GRAPHED = {"drop_last": True, "cuda_graphs": True, "colours": True}
 
 class Coloured(Pictures):
     colours = Colours((0.1, 0.02, 0.01), ((0.6, 0.8, 0.0), (-0.8, 0.6, 0.0), (0.0, 0.0, 1.0)))
-
-
-class Stop(Exception):
-    pass
-
-
-class StopAfter(Callback):
-    def __init__(self, steps):
-        self.left = steps
-
-    def batch_done(self, images):
-        self.left -= 1
-        if self.left == 0:
-            raise Stop
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ import types
 
 import pytest
 import torch
-from small_runs import BATCH_NORM, RECIPE, TINY, Pictures, changed, run, without_timings
+from small_runs import BATCH_NORM, RECIPE, TINY, Pictures, Stop, StopAfter, changed, run, without_timings
 
 from fastalex import AlexNet, alexnet, checkpoint
 from fastalex.checkpoint import MODEL, PREVIOUS_STATE, STATE
@@ -18,26 +18,10 @@ from fastalex.evaluation.metrics import evaluate, in_top
 from fastalex.files import replacing
 from fastalex.training import loop
 from fastalex.training.options import Options
-from fastalex.training.progress import METRICS, Callback
+from fastalex.training.progress import METRICS
 from fastalex.training.recipes import RECIPES
 
 pytest.importorskip("safetensors")
-
-
-class Stop(Exception):
-    pass
-
-
-class StopAfter(Callback):
-    """Leaves the run after so many steps, as if it had crashed."""
-
-    def __init__(self, steps):
-        self.left = steps
-
-    def batch_done(self, images):
-        self.left -= 1
-        if self.left == 0:
-            raise Stop
 
 
 @pytest.fixture(scope="module")
