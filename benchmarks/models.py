@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import providers
-from benchmarks.harness import DTYPES, Case, Expected, Race, Run, check, device, tf32
+from benchmarks.harness import DTYPES, Case, Expected, Race, Run, check, checked_while_building, device, tf32
 from fastalex import AlexNet, backend
 from fastalex.check.eager import eager_twin
 from fastalex.variants import Variant, find_variant
@@ -166,14 +166,9 @@ def training_race(
 
         return providers.graphed(step) if name == "fastalex-graph" else step
 
-    def nothing() -> Expected:
-        """The results are checked while building, against what is computed here."""
-        expected()
-        return Expected((), 0.0)
-
     return Race(
         {name: functools.partial(build, name) for name in names},
-        nothing,
+        checked_while_building(expected),
         observe=lambda nothing: (),
         replayed=("fastalex-graph",),
         flops=flops(variant, case.shape, backward=True),

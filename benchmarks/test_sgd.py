@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.harness import Case, Expected, Race, Run, check, device
+from benchmarks.harness import Case, Expected, Race, Run, check, checked_while_building, device
 from benchmarks.providers import entries
 from fastalex import optim
 from fastalex.alexnet import parameter_shapes
@@ -68,14 +68,9 @@ def prepare(case: Case, names: list[str]) -> Race:
         check([parameter.detach() for parameter in parameters], expected())
         return step_with_casts
 
-    def nothing() -> Expected:
-        """The results are checked while building."""
-        expected()
-        return Expected((), 0.0)
-
     return Race(
         {name: functools.partial(build, name) for name in names},
-        nothing,
+        checked_while_building(expected),
         observe=lambda nothing: (),
         bytes=18 * case.shape[0],
     )

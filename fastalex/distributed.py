@@ -123,9 +123,7 @@ def largest(number: int, device: torch.device) -> int:
     """The largest of all processes' numbers."""
     if size() == 1:
         return number
-    tensor = torch.tensor(number, device=device)
-    dist.all_reduce(tensor, dist.ReduceOp.MAX)
-    return int(tensor)
+    return int(largest_over_processes(torch.tensor(number, device=device)))
 
 
 def from_rank_0(thing: T) -> T:

@@ -20,6 +20,7 @@ pytest.importorskip("tyro")
 pytest.importorskip("torchvision")
 
 import torch
+from failing import error_of
 from PIL import Image
 
 from fastalex import AlexNet, cli
@@ -28,17 +29,6 @@ from fastalex.evaluation import commands, inputs
 from fastalex.training import recipes
 from fastalex.variants import VARIANTS
 from fastalex.visualize import console, figures
-
-
-def error_of(capsys, *arguments):
-    """The message on stderr of a command that must fail with exit code 2."""
-    with pytest.raises(SystemExit) as stopped:
-        cli.main(arguments)
-    assert stopped.value.code == 2
-    message = capsys.readouterr().err
-    assert message.startswith("fastalex: error: ")
-    assert message.count("\n") == 1
-    return message
 
 
 @pytest.fixture(scope="module")

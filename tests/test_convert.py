@@ -9,6 +9,7 @@ pytest.importorskip("tyro")
 pytest.importorskip("torchvision")
 
 from caffe_files import layers_of, net
+from failing import error_of
 from PIL import Image
 from small_models import narrow_twins
 
@@ -27,16 +28,6 @@ def files(monkeypatch, tmp_path):
     Image.effect_noise((300, 260), 60).convert("RGB").save(tmp_path / "cat.png")
     monkeypatch.chdir(tmp_path)
     return tmp_path
-
-
-def error_of(capsys, *arguments):
-    with pytest.raises(SystemExit) as stopped:
-        cli.main(arguments)
-    assert stopped.value.code == 2
-    message = capsys.readouterr().err
-    assert message.startswith("fastalex: error: ")
-    assert message.count("\n") == 1
-    return message
 
 
 def test_a_converted_file_is_the_same_model(files, capsys):

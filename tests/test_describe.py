@@ -8,8 +8,9 @@ import torch
 from torch import nn
 
 from fastalex import AlexNet
-from fastalex.describe import _torch_layers, counted, describe
+from fastalex.describe import _torch_layers, describe
 from fastalex.variants import VARIANTS
+from fastalex.words import counted
 
 
 @pytest.fixture(scope="module")

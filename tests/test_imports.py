@@ -16,6 +16,7 @@ LAYERS = (
     (
         *("fastalex.backend", "fastalex.devices", "fastalex.distributed", "fastalex.fields", "fastalex.files"),
         *("fastalex.late", "fastalex.private", "fastalex.reference", "fastalex.timing", "fastalex.tolerances"),
+        "fastalex.words",
     ),
     ("fastalex.cpu", "fastalex.gpu"),
     ("fastalex.ops",),

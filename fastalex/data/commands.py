@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Literal
 
 from fastalex.data.packed import verify as verify_packed
-from fastalex.describe import counted
 from fastalex.visualize.console import PackingBar, console, tell
+from fastalex.words import counted
 
 
 def pack(

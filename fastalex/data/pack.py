@@ -34,8 +34,8 @@ from fastalex.data import sources
 from fastalex.data.decode import decode, square
 from fastalex.data.packed import FORMAT, META, VERSION, checksum, is_packed, read_meta
 from fastalex.data.sources import Item, Source
-from fastalex.describe import counted
 from fastalex.files import replacing, sync_folder
+from fastalex.words import counted
 
 # Pictures that one process packs at a time, and that one checksum covers: 50 MB at 256x256, less than a second.
 CHUNK = 256

@@ -49,6 +49,10 @@ class Held(NamedTuple):
         """indices, and the result: int64 (N,) on the pictures' device."""
         return indices if self.slots is None else self.slots[indices]
 
+    def nearest(self, indices: Tensor) -> Tensor:
+        """The indices, or others that are here: what fills a share up may lie elsewhere."""
+        return indices.clamp(self.here.start, self.here.stop - 1)
+
     def take(self, indices: Tensor) -> tuple[Tensor, Tensor]:
         """A batch: uint8 (N, C, H, W) in channels_last and labels, for those who take no slots."""
         slots = self.slots_of(indices)
@@ -99,6 +103,11 @@ def order_of_shares(count: int, shares: int, seed: int, epoch: int) -> Tensor:
     generator = epoch_generator(seed, epoch)
     cut = torch.arange(count).tensor_split(shares)
     return torch.cat([share[torch.randperm(len(share), generator=generator)] for share in cut])
+
+
+def held_on(data: ImageSet, split: str, device: torch.device) -> Held | None:
+    """The split, where it lies in memory that the device computes on."""
+    return data.held[split] if isinstance(data, Resident) and data.device.type == device.type else None
 
 
 def keep(

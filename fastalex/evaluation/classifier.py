@@ -15,9 +15,9 @@ from fastalex.alexnet import AlexNet
 from fastalex.checkpoint import DEMO_MODEL, ModelCard, load_model
 from fastalex.data.decode import in_8_bits
 from fastalex.data.preprocessing import Preprocessing, centre_crop
-from fastalex.describe import counted
 from fastalex.evaluation.metrics import ten_crop_probabilities
 from fastalex.weights import TORCHVISION_WEIGHTS, alexnet
+from fastalex.words import counted
 
 IMAGENET_CLASSES = 1000
 # Half a gigabyte in memory; below Pillow's own limit of 179 million, where it warns already above 89 million

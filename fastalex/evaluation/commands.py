@@ -13,7 +13,6 @@ from torch import Tensor
 
 from fastalex.checkpoint import save_model
 from fastalex.data.choose import open_images
-from fastalex.describe import counted
 from fastalex.devices import find_device
 from fastalex.evaluation import inputs
 from fastalex.evaluation.classifier import check_classes, classify, load_classifier
@@ -22,6 +21,7 @@ from fastalex.evaluation.report import as_json
 from fastalex.files import write_whole
 from fastalex.visualize import figures
 from fastalex.visualize.console import print_classes, print_predictions, print_scores, tell, tell_progress
+from fastalex.words import counted
 
 BATCH = 32
 SHOWN = 24  # in the figure

@@ -12,7 +12,7 @@ from fastalex import distributed
 from fastalex.data.augmentation import centre, cropped, moved, ten_corners
 from fastalex.data.image_sets import ImageSet
 from fastalex.data.preprocessing import Preprocessing
-from fastalex.data.resident import Resident
+from fastalex.data.resident import held_on
 
 
 class Scores(NamedTuple):
@@ -54,14 +54,12 @@ def evaluate(
     batches = distributed.dealt(torch.arange(count), size, pictures * size).split(pictures * size)
     mine = [distributed.equal_shares(batch, size)[distributed.rank()] for batch in batches]
     sums = torch.zeros(3, dtype=torch.float64, device=device)
-    held = data.held[split] if isinstance(data, Resident) and data.device.type == device.type else None
+    held = held_on(data, split, device)
     loaded = iter(data.batches(split, [] if held is not None else [indices for indices, _ in mine]))
     for indices, counting in mine:
         slots = None
         if held is not None:
-            # what fills a share up must be here, too
-            here = indices.clamp(held.here.start, held.here.stop - 1)
-            slots = held.slots_of(moved(here, device))
+            slots = held.slots_of(moved(held.nearest(indices), device))
             images, labels = held.images, held.labels[slots]
         else:
             images, labels = (tensor.to(device) for tensor in next(loaded))

@@ -21,13 +21,13 @@ from torch import Tensor
 
 from fastalex.alexnet import AlexNet
 from fastalex.data.preprocessing import random_crop, random_flip
-from fastalex.describe import counted
 from fastalex.experiments.pictures import load_pictures
 from fastalex.experiments.runs import Interval, Result, Store, interval
 from fastalex.files import write_whole
 from fastalex.functional import ResponseNorm
 from fastalex.variants import Conv, Variant
 from fastalex.visualize.figures import BLUE, DPI, ORANGE, save
+from fastalex.words import counted
 
 NAME = "ablation"
 MARGIN = 2  # pixels around a picture that random crops use

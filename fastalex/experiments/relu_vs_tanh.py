@@ -23,11 +23,11 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 from torch import Tensor, nn
 
-from fastalex.describe import counted
 from fastalex.experiments.pictures import load_pictures
 from fastalex.experiments.runs import Interval, Result, Store, interval
 from fastalex.files import write_whole
 from fastalex.visualize.figures import BLUE, DPI, GREEN, VERMILION, save
+from fastalex.words import counted
 
 NAME = "relu-vs-tanh"
 UNITS: dict[str, type[nn.Module]] = {"relu": nn.ReLU, "tanh": nn.Tanh, "sigmoid": nn.Sigmoid}

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from fastalex.describe import counted
 from fastalex.inspection import machine_code
 from fastalex.visualize.console import WorkBar, tell_progress
+from fastalex.words import counted
 
 
 def rows(names: Sequence[str], targets: Sequence[str]) -> list[machine_code.Row]:

@@ -26,6 +26,7 @@ from fastalex.training.settings import Flags, Settings
 from fastalex.training.stopping import Stopped
 from fastalex.variants import VARIANTS
 from fastalex.visualize.console import ProgressBar, console, tell
+from fastalex.words import counted
 
 OPTIONS = [field.name for field in dataclasses.fields(Options)]
 
@@ -180,7 +181,7 @@ def described(settings: Settings, images: ImageSet, initial: Initial | None) -> 
     recipe, looks = settings.recipe, settings.preprocessing
     parts = [
         f"recipe {settings.name}: variant {recipe.variant.name} at {looks.crop}x{looks.crop}",
-        f"{recipe.epochs:,} epoch{'s' if recipe.epochs > 1 else ''} of {images.count('train'):,} pictures, "
+        f"{counted(recipe.epochs, 'epoch')} of {counted(images.count('train'), 'picture')}, "
         f"{recipe.batch_size:,} a step",
     ]
     if initial is not None:

@@ -25,7 +25,7 @@ from fastalex import distributed
 from fastalex.alexnet import AlexNet
 from fastalex.data.augmentation import augment, moved
 from fastalex.data.image_sets import ImageSet
-from fastalex.data.resident import Held, Resident, keep, order_of_shares
+from fastalex.data.resident import Held, held_on, keep, order_of_shares
 from fastalex.evaluation.metrics import Scores, evaluate
 from fastalex.files import write_whole
 from fastalex.training.graphs import Replayed, is_one_graph
@@ -104,8 +104,7 @@ class Run:
             )
         self.steps_per_epoch = recipe.steps_per_epoch(data.count("train"))
         # the pictures that `augment` reads where they lie
-        held = self.data.held if isinstance(self.data, Resident) and self.data.device.type == self.device.type else None
-        self.held = held["train"] if held is not None else None
+        self.held = held_on(self.data, "train", self.device)
         self.forward = prepare(model, data.preprocessing, recipe, options, self.device)
         self.optimizer = make_optimizer(model, recipe)  # of the parameters that are left in this process
         one_graph = is_one_graph(recipe, options, self.device) and is_capturable(self.optimizer)
@@ -158,8 +157,8 @@ class Run:
         shares = [share for b in batches[done:] for share in distributed.equal_shares(b, self.micro_batches)[own]]
         # in one copy, and from then on they lie where the step reads them
         order = torch.cat([torch.empty(0, dtype=torch.int64), *(indices for indices, _ in shares)])
-        if self.held is not None:  # what fills a share up must be here, too
-            order = order.clamp(self.held.here.start, self.held.here.stop - 1)
+        if self.held is not None:
+            order = self.held.nearest(order)
         indices = moved(order, self.device).split([len(i) for i, _ in shares])
         self.seed.fill_(seed_of(self.recipe.seed, "pictures", epoch))
         self.callback.epoch_begins(epoch + 1, sum(map(len, batches[:done])))

@@ -9,7 +9,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fastalex.describe import by, counted
 from fastalex.devices import find_device
 from fastalex.evaluation.classifier import load_classifier, read_picture
 from fastalex.evaluation.inputs import default_pictures
@@ -17,6 +16,7 @@ from fastalex.visualize import figures, similar
 from fastalex.visualize.activations import activations
 from fastalex.visualize.console import tell, tell_written
 from fastalex.visualize.page import Section, Tile, write_page
+from fastalex.words import by, counted
 
 
 def filters(weights: str, out: Path) -> None:

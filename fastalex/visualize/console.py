@@ -22,10 +22,11 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 
-from fastalex.describe import Description, by, counted
+from fastalex.describe import Description
 from fastalex.evaluation.metrics import Scores
 from fastalex.evaluation.report import per_class
 from fastalex.training.progress import Callback, Epoch
+from fastalex.words import by, counted
 
 # names of files and classes are no markup: tables get them as Text, which is none either
 console = Console(markup=False, emoji=False)

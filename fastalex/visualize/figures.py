@@ -17,8 +17,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, PercentFormatter
 from torch import Tensor
 
-from fastalex.describe import Description, by, counted
+from fastalex.describe import Description
 from fastalex.files import replacing
+from fastalex.words import by, counted
 
 if TYPE_CHECKING:
     from fastalex.visualize.similar import Sheet
