@@ -313,6 +313,9 @@ class AveragePoolTo(nn.AdaptiveAvgPool2d):
         return super().forward(input)
 
 
+ModelCard.model = AlexNet
+
+
 def _feature_modules(variant: Variant) -> list[nn.Module]:
     modules: list[nn.Module] = [nn.ZeroPad2d((0, variant.pad_end, 0, variant.pad_end))] if variant.pad_end else []
     channels = variant.in_channels

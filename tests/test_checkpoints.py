@@ -92,7 +92,7 @@ def described(tmp_path_factory):
     variant = demo_variant(channels=3)
     card = ModelCard(variant, ("cat", "dog"), Preprocessing.for_photos(3, variant.crop))
     path = tmp_path_factory.mktemp("models") / "model.safetensors"
-    save_model(path, fastalex.AlexNet.from_card(card), card)
+    save_model(path, card.build(), card)
     return path
 
 
